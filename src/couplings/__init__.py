@@ -1,0 +1,1 @@
+"""Differentiable discrete operators for PyTorch."""
