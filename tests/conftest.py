@@ -1,0 +1,74 @@
+"""Options, determinism and poisoned memory for every test.
+
+``--device cuda`` runs the tests that take the ``device`` fixture elsewhere; ``--slow`` includes the slow ones.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from types import SimpleNamespace
+
+import hypothesis
+import pytest
+import torch
+
+# Two threads, whatever the machine: the budgets of the suite are stated for two cores.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("couplings")
+    group.addoption("--device", default="cpu", help="torch device for the `device` fixture (default: cpu)")
+    group.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        torch.empty(1, device=config.getoption("--device"))
+    except (RuntimeError, AssertionError) as error:
+        raise pytest.UsageError(f"--device {config.getoption('--device')}: {error}") from error
+    torch.set_num_threads(THREADS)
+    # In deterministic mode torch.empty and its kin come filled with NaN (integers: the largest value), in C++ too:
+    # a kernel that reads what it never wrote cannot pass by luck.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers alone, in a group and in any order."""
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The device named by --device."""
+    return torch.device(request.config.getoption("--device"))
+
+
+# Property tests: the same examples on every machine by default; HYPOTHESIS_PROFILE=explore looks for new ones.
+COMMON = {
+    "deadline": None,
+    "suppress_health_check": [
+        hypothesis.HealthCheck.too_slow,
+        hypothesis.HealthCheck.function_scoped_fixture,  # _seed: torch is reseeded per example below
+    ],
+}
+hypothesis.settings.register_profile("ci", derandomize=True, database=None, max_examples=50, **COMMON)
+hypothesis.settings.register_profile("explore", max_examples=1000, **COMMON)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+# hypothesis seeds the generators it knows before each example; tell it about torch's
+TORCH_RANDOM = SimpleNamespace(
+    seed=torch.manual_seed, getstate=torch.get_rng_state, setstate=torch.set_rng_state
+)
+hypothesis.register_random(TORCH_RANDOM)
