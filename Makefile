@@ -33,7 +33,6 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy --no-strict --allow-untyped-defs benchmarks
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -1,13 +1,12 @@
 """Options, determinism and poisoned memory for every test.
 
-``--device cuda`` runs the tests that take the ``device`` fixture elsewhere; ``--slow`` includes the slow ones.
+``--device cuda`` moves the tests that take the ``device`` fixture; ``--slow`` includes the slow ones.
 """
 
 from __future__ import annotations
 
 import os
 import random
-from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -29,8 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except (RuntimeError, AssertionError) as error:
         raise pytest.UsageError(f"--device {config.getoption('--device')}: {error}") from error
     torch.set_num_threads(THREADS)
-    # In deterministic mode torch.empty and its kin come filled with NaN (integers: the largest value), in C++ too:
-    # a kernel that reads what it never wrote cannot pass by luck.
+    # In deterministic mode torch.empty and its kin come filled with NaN (integers: the largest value), in C++
+    # too: a kernel that reads what it never wrote cannot pass by luck.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
 
@@ -56,7 +55,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.config.getoption("--device"))
 
 
-# Property tests: the same examples on every machine by default; HYPOTHESIS_PROFILE=explore looks for new ones.
+# Property tests run the same examples on every machine; HYPOTHESIS_PROFILE=explore looks for new ones.
 COMMON = {
     "deadline": None,
     "suppress_health_check": [
@@ -67,8 +66,15 @@ COMMON = {
 hypothesis.settings.register_profile("ci", derandomize=True, database=None, max_examples=50, **COMMON)
 hypothesis.settings.register_profile("explore", max_examples=1000, **COMMON)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
-# hypothesis seeds the generators it knows before each example; tell it about torch's
-TORCH_RANDOM = SimpleNamespace(
-    seed=torch.manual_seed, getstate=torch.get_rng_state, setstate=torch.set_rng_state
-)
+
+
+class TorchRandom:
+    """torch's generator in the form hypothesis knows, which seeds it before each example."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = TorchRandom()  # kept: hypothesis holds a weak reference
 hypothesis.register_random(TORCH_RANDOM)
