@@ -1,0 +1,145 @@
+"""Mean and standard deviation of each row: what makes epsilon dimensionless."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from couplings._rowwise import by_rows, vmap_rows
+
+
+def mean_std(x: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weighted mean and standard deviation (ddof 0) of the valid entries of each row.
+
+    Args:
+        x: (*batch, n); finite where masked.
+        weights: (*batch, n), non-negative, or None.
+        mask: (*batch, n) bool, True = valid, or None.
+
+    Returns:
+        mean and std, both (*batch, 1), differentiable to any order. A row whose valid entries are all equal has
+        std 1, with zero gradient.
+    """
+    mean, std = _MeanStd.apply(x, weights, mask)
+    return mean, std
+
+
+def _total(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+    """Total weight of the valid entries, (*batch, 1); 1 where there is none."""
+    if weights is None and mask is None:
+        return x.new_full((*x.shape[:-1], 1), x.shape[-1])
+    counted = mask.to(x.dtype) if weights is None else weights if mask is None else weights * mask  # type: ignore[union-attr]
+    total = counted.sum(-1, keepdim=True)
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def _moments(
+    x: Tensor, origin: Tensor, total: Tensor, weights: Tensor | None, mask: Tensor | None, unit: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, measured from ``origin`` (exact for a constant row) and in ``unit``s."""
+    centred = x - origin
+    if unit is not None:
+        centred /= unit
+    if mask is not None:
+        centred.masked_fill_(~mask, 0)
+    shift = (centred if weights is None else centred * weights).sum(-1, keepdim=True) / total
+    centred -= shift
+    if mask is not None:
+        centred.masked_fill_(~mask, 0)
+    if weights is not None:
+        centred *= weights.sqrt()
+    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / total.sqrt()
+    if unit is not None:
+        return origin + shift * unit, std * unit
+    return origin + shift, std
+
+
+def _measure(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if mask is None:
+        origin = x[..., :1]
+    else:
+        origin = x.gather(-1, mask.to(torch.uint8).argmax(-1, keepdim=True))
+    total = _total(x, weights, mask)
+    mean, std = _moments(x, origin, total, weights, mask, None)
+    info = torch.finfo(x.dtype)
+    plain = (std > info.tiny**0.4) & (std < info.max**0.4)
+    if not torch.compiler.is_compiling() and x.device.type == "cpu" and bool(plain.all()):
+        return mean, std
+    # Constant rows, and rows whose squares leave the dtype's range: measure in units of the largest deviation.
+    deviation = (x - origin).abs_()
+    if mask is not None:
+        deviation.masked_fill_(~mask, 0)
+    if weights is not None:
+        deviation.masked_fill_(weights == 0, 0)
+    unit = deviation.amax(-1, keepdim=True)
+    constant = unit == 0
+    unit = torch.where(constant, torch.ones_like(unit), unit)
+    scaled_mean, scaled_std = _moments(x, origin, total, weights, mask, unit)
+    scaled_std = torch.where(constant, torch.ones_like(std), scaled_std)
+    return torch.where(plain, mean, scaled_mean), torch.where(plain, std, scaled_std)
+
+
+def _pull_back(
+    x: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    mean: Tensor,
+    std: Tensor,
+    mean_grad: Tensor | None,
+    std_grad: Tensor | None,
+    wanted: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of mean: w_i / W; of std: w_i u_i / W with u = (x - mean) / std, which is 0 in a constant row."""
+    total = _total(x, weights, mask)
+    per_entry: Tensor | None = None
+    u = (x - mean) / std if weights is not None else x - mean
+    if mask is not None:
+        u = u.masked_fill(~mask, 0)
+    if std_grad is not None and weights is None:
+        times = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_
+        per_entry = times(u, std_grad / total / std)
+    elif std_grad is not None:
+        per_entry = u * (std_grad / total)
+    if mean_grad is not None:
+        shared = mean_grad / total
+        if mask is not None:
+            shared = shared * mask
+        per_entry = shared.expand_as(x) if per_entry is None else per_entry + shared
+    if per_entry is None or weights is None:
+        return per_entry, None
+    weights_grad: Tensor | None = None
+    if wanted is not None:
+        weights_grad = torch.zeros_like(u)
+        if mean_grad is not None:
+            weights_grad = weights_grad + u * (std * mean_grad / total)
+        if std_grad is not None:
+            square = u * u
+            spread = square - (square * weights).sum(-1, keepdim=True) / total
+            weights_grad = weights_grad + spread * (std * std_grad / (2 * total))
+        if mask is not None:
+            weights_grad = weights_grad.masked_fill(~mask, 0)
+    return per_entry * weights, weights_grad
+
+
+class _MeanStd(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:
+        return by_rows(_measure, x, weights, mask)  # type: ignore[return-value]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*inputs, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, mean_grad: Tensor | None, std_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiable in the outputs themselves, hence to any order."""
+        x, weights, mask, mean, std = ctx.saved_tensors
+        wanted = weights if ctx.needs_input_grad[1] else None
+        return (*by_rows(_pull_back, x, weights, mask, mean, std, mean_grad, std_grad, wanted), None)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_rows(_MeanStd, info, in_dims, args)

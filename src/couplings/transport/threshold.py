@@ -1,0 +1,263 @@
+"""Two targets: the plan is a threshold, A_i = sigmoid(scale (x_i - centre) + theta) with sum_i w_i A_i = mass.
+
+One scalar root per row, by Newton on the log balance of the cut (README.md, "Two targets").
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from couplings._rowwise import by_rows, vmap_rows
+
+PASSES = 12
+"""Most evaluations of the row; 6 is the most that any tested row needed."""
+
+
+class HardCut(NamedTuple):
+    """The plan at epsilon = 0: where the threshold falls, and which entries lie above it.
+
+    Attributes:
+        head: (*batch, t) indices of the t largest entries, in falling order; every entry outside lies below the cut.
+        share: (*batch, t) the part of each head entry that lies above the cut (1 but for the entry that it splits).
+        centre: (*batch, 1) a value in the gap that the cut falls into.
+    """
+
+    head: Tensor
+    share: Tensor
+    centre: Tensor
+
+
+def midpoint(above: Tensor, below: Tensor) -> Tensor:
+    """A value between two neighbours; the other one where one of them is infinite (masked)."""
+    middle = below + (above - below) * 0.5
+    return torch.where(below.isinf(), above, middle)
+
+
+def hard_cut(
+    x: Tensor, mass: int | Tensor, weights: Tensor | None, mask: Tensor | None, stable: bool = False
+) -> HardCut:
+    """The largest entries of each row up to ``mass``.
+
+    Args:
+        x: (*batch, n), finite where masked.
+        mass: an int in [1, n] (entries), or a tensor (*batch, 1) (total weight above the cut).
+        weights: (*batch, n) or None.
+        mask: (*batch, n) bool or None.
+        stable: whether ties go to the first index, as in a stable sort (where the hard answer itself is wanted).
+    """
+    x = x.detach()
+    if mask is not None:
+        x = x.masked_fill(~mask, -math.inf)
+    n = x.shape[-1]
+    if isinstance(mass, int) and weights is None:
+        if stable:
+            value, head = torch.sort(x, dim=-1, descending=True, stable=True)
+            value, head = value[..., : mass + 1], head[..., : mass + 1]
+        else:
+            value, head = x.topk(min(mass + 1, n), dim=-1)
+        head, last, following = head[..., :mass], value[..., mass - 1 : mass], value[..., mass:]
+        centre = midpoint(last, following) if mass < n else last
+        share = torch.ones_like(value[..., :mass])
+        if mask is not None:
+            share = share.masked_fill(value[..., :mass].isinf(), 0)
+            centre = centre.masked_fill(centre.isinf(), 0)
+        return HardCut(head, share, centre)
+    value, head = torch.sort(x, dim=-1, descending=True, stable=True)
+    weight = torch.ones_like(value) if weights is None else weights.detach().gather(-1, head)
+    if mask is not None:
+        weight = weight.masked_fill(~mask.gather(-1, head), 0)
+    mass = torch.as_tensor(mass, dtype=torch.float64, device=x.device).detach()
+    upto = weight.double().cumsum(-1)
+    before = upto - weight
+    share = ((mass - before) / torch.where(weight > 0, weight.double(), 1.0)).clamp(0, 1).to(x.dtype)
+    share = torch.where(weight > 0, share, (before < mass).to(x.dtype))
+    cut = (upto < mass).sum(-1, keepdim=True).clamp(max=n - 1)
+    last, following = value.gather(-1, cut), value.gather(-1, (cut + 1).clamp(max=n - 1))
+    split = share.gather(-1, cut) < 1
+    centre = torch.where(split, last, midpoint(last, following))
+    return HardCut(head, share, centre.masked_fill(centre.isinf(), 0))
+
+
+def soft_threshold(
+    x: Tensor,
+    scale: Tensor,
+    mass: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    cut: HardCut,
+) -> Tensor:
+    """A = sigmoid(scale (x - centre) + theta), theta such that sum_i w_i A_i equals the mass above the cut.
+
+    Args:
+        x: (*batch, n), float32 or float64, finite where masked.
+        scale: (*batch, 1), 2 / epsilon in units of x.
+        mass: (*batch, 1), total weight to place above the cut, where its gradient is wanted; it must be the one that
+            ``cut`` was made with.
+        weights: (*batch, n), non-negative, or None.
+        mask: (*batch, n) bool, True = valid, or None.
+        cut: from ``hard_cut``.
+
+    Returns:
+        A, (*batch, n) in [0, 1], exactly 0 where masked; differentiable to any order in x, scale, mass and weights.
+    """
+    plan, _ = _SoftThreshold.apply(x, scale, mass, weights, mask, *cut)
+    return plan
+
+
+def _solve(
+    x: Tensor,
+    scale: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    head: Tensor,
+    share: Tensor,
+    centre: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The plan A and A (1 - A), each to full relative precision from the smaller of A and 1 - A."""
+    info = torch.finfo(x.dtype)
+    # powers of two are the fast exponential on a CPU (exp: 3x slower); products with a gradient must not be denormal
+    low = math.log2(info.tiny) + 20
+    least, floor = 2 * info.tiny**0.5, 1e6 * info.tiny
+    tolerance = 1e-3 if x.dtype == torch.float32 else 1e-7
+    whole = head.shape[-1] == x.shape[-1]  # no entry outside the head
+    split = weights is not None or whole
+
+    z_head = (x.gather(-1, head) - centre).mul_(scale)
+    above = below = None  # weights of the head's two sides, where they are not 1 and 0
+    if split or mask is not None:
+        valid = torch.ones_like(share) if mask is None else mask.gather(-1, head).to(x.dtype)
+        above, below = share * valid, (1 - share) * valid
+        if weights is not None:
+            above, below = above * weights.gather(-1, head), below * weights.gather(-1, head)
+    plan = torch.empty_like(x)
+    if not whole:
+        # z <= 0 outside the head, so its exponentials are taken once; a pass is then an add, a division and two sums.
+        power = (x - centre).mul_(scale * math.log2(math.e)).clamp_(low, 0).exp2_()
+        torch.nn.functional.threshold_(power, 2**low * 1.01, 0.0)
+        power.scatter_(-1, head, 0.0)
+        if mask is not None:
+            power.masked_fill_(~mask, 0)
+    theta = torch.zeros_like(centre)
+    live = torch.ones_like(centre, dtype=torch.bool)
+    look = x.device.type == "cpu"
+    for evaluation in range(PASSES):
+        b = torch.sigmoid(-z_head - theta)
+        up = (b if above is None else b * above).sum(-1, keepdim=True).add_(floor)
+        down: Tensor | float = floor
+        if below is not None:
+            a = torch.sigmoid(z_head + theta)
+            down = (below * a).sum(-1, keepdim=True).add_(floor)
+        if not whole:
+            torch.add(power, torch.exp(-theta), out=plan)
+            torch.div(power, plan, out=plan)
+            down = plan.sum(-1, keepdim=True).add_(down)
+        if evaluation == PASSES - 1 or (look and not bool(live.any())):
+            break
+        # dG/dtheta in (0, 2]: how far each side is from saturation, weighted by its mass
+        if above is None or below is None:
+            slope = 1 - torch.linalg.vecdot(b, b).unsqueeze(-1).div_(up)
+        else:
+            slope = (above * b * a).sum(-1, keepdim=True) / up + (below * a * b).sum(-1, keepdim=True) / down
+        if not whole:
+            plan.clamp_(min=least)
+            outside = plan.sum(-1, keepdim=True) if below is not None else down
+            square = torch.linalg.vector_norm(plan, dim=-1, keepdim=True)
+            slope += (outside - square * square) / down
+        balance = torch.log(down / up)
+        step = (balance / slope.clamp_min_(1e-3)).clamp_(-16, 16)
+        theta = torch.where(live, theta - step, theta)
+        live &= (balance * balance > tolerance * tolerance) & (down + up > 1e3 * floor)  # below that, nothing moves
+    a = torch.sigmoid(z_head + theta)
+    if whole:
+        plan.scatter_(-1, head, a)
+        variance = torch.empty_like(x).scatter_(-1, head, a * b)
+    else:
+        variance = torch.sub(1, plan, out=power).mul_(plan).scatter_(-1, head, a * b)
+        plan.scatter_(-1, head, a)
+    if split or mask is not None:
+        # a row with nothing below the cut takes all, one with nothing above it takes none
+        taken = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
+        none = (above == 0).all(-1, keepdim=True)
+        every = (below == 0).all(-1, keepdim=True) & ~none
+        if not whole:
+            every &= taken.sum(-1, keepdim=True) <= head.shape[-1]
+        plan = torch.where(every, torch.ones_like(plan), plan)
+        plan = torch.where(none, torch.zeros_like(plan), plan).masked_fill_(~taken, 0)
+        variance = variance.masked_fill_(every | none | ~taken, 0)
+    return plan, variance
+
+
+_solve_op = torch.library.custom_op("couplings::soft_threshold", _solve, mutates_args=())
+
+
+@_solve_op.register_fake
+def _(x: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _pull_back(
+    x: Tensor,
+    scale: Tensor,
+    mass: Tensor | None,
+    weights: Tensor | None,
+    centre: Tensor,
+    plan: Tensor,
+    variance: Tensor,
+    plan_grad: Tensor | None,
+    variance_grad: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients with respect to x, scale, mass and weights (README.md, "Gradient of a threshold")."""
+    if variance_grad is not None:
+        through = variance_grad * (1 - 2 * plan)
+        plan_grad = through if plan_grad is None else plan_grad + through
+    if plan_grad is None:
+        return (None,) * 4
+    times = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_  # fresh memory costs more than a multiplication
+    tiny = torch.finfo(x.dtype).tiny
+    pull = (variance * plan_grad).sum(-1, keepdim=True)
+    curvature = (variance if weights is None else variance * weights).sum(-1, keepdim=True)
+    price = pull / curvature.clamp_min(tiny)
+    logit_grad = times(plan_grad - (price if weights is None else price * weights), variance)
+    # logit_grad sums to 0 over a row, so any centre serves for the scale; the cut's own cancels least
+    scale_grad = ((x - centre) * logit_grad).sum(-1, keepdim=True)
+    weights_grad = None if weights is None else -price * plan
+    return times(logit_grad, scale), scale_grad, price, weights_grad
+
+
+class _SoftThreshold(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor,
+        mass: Tensor | None,
+        weights: Tensor | None,
+        mask: Tensor | None,
+        head: Tensor,
+        share: Tensor,
+        centre: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        solve = _solve_op if torch.compiler.is_compiling() else _solve
+        return by_rows(solve, x, scale, weights, mask, head, share, centre)  # type: ignore[return-value]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, scale, mass, weights, _, _, _, centre = inputs
+        ctx.save_for_backward(x, scale, mass, weights, centre, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(
+        ctx: Any, plan_grad: Tensor | None, variance_grad: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Differentiable in the outputs themselves, hence to any order."""
+        saved = ctx.saved_tensors
+        grads = by_rows(_pull_back, *saved, plan_grad, variance_grad)
+        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 4
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_rows(_SoftThreshold, info, in_dims, args)
