@@ -1,0 +1,33 @@
+"""``method="transport"``: SOFT top-k (Xie et al. 2020) as a threshold, never as a Sinkhorn loop."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from couplings.selection.rows import Real, Rows, logit_scale
+from couplings.transport.threshold import hard_cut, soft_threshold
+
+
+def target_mass(rows: Rows, k: int | Tensor) -> Tensor:
+    """k times the mean weight of the valid entries, (*batch, 1): the total weight that goes above the cut."""
+    if isinstance(k, int):
+        mass = rows.x.new_full((*rows.x.shape[:-1], 1), k)
+    else:
+        mass = k.to(rows.x.dtype)
+    if rows.weights is not None:
+        mass = mass * rows.weights.sum(-1, keepdim=True) / rows.count.clamp_min(1)
+    return mass
+
+
+def mask(rows: Rows, k: int | Tensor, epsilon: Real) -> Tensor:
+    """A_i = sigmoid(2 x_i / (epsilon std) + theta) with sum_i w_i A_i = k mean(w)."""
+    scale = logit_scale(rows, epsilon, 2.0)
+    plain = isinstance(k, int) and 0 < k < rows.x.shape[-1] and rows.weights is None
+    mass = None if plain else target_mass(rows, k)
+    cut = hard_cut(rows.x, k if plain else mass, rows.weights, rows.mask)  # type: ignore[arg-type]
+    return soft_threshold(rows.x, scale, mass, rows.weights, rows.mask, cut)
+
+
+def indicators(rows: Rows, k: int, epsilon: Real) -> Tensor:
+    """Plan between the scores and the targets 0..k, (*batch, k, n): each row sums to 1."""
+    raise NotImplementedError
