@@ -1,0 +1,142 @@
+"""The commands: reproduce, list, report, bench, doctor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import couplings_experiments.environment as environment
+import couplings_experiments.run as runs
+from couplings_experiments.data import DATASETS
+from couplings_experiments.errors import UserError
+from couplings_experiments.experiment import PRESETS, Request, discover, select
+from couplings_experiments.progress import Screen
+from couplings_experiments.report.page import write_report
+
+app = typer.Typer(
+    name="couplings",
+    help="Differentiable discrete operators at work: train, compare, report.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_OUT = Path("report")
+
+Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)  # type: ignore[misc]
+DatasetName = Enum("DatasetName", {name: name for name in DATASETS}, type=str)  # type: ignore[misc]
+
+
+@app.command()
+def reproduce(
+    names: Annotated[Optional[list[str]], typer.Argument(help="Which experiments; none: all of them.")] = None,
+    preset: Annotated[
+        Optional[Preset], typer.Option(help="smoke: seconds; quick (default): a minute each; full: all seeds.")
+    ] = None,
+    seeds: Annotated[Optional[int], typer.Option(min=1, help="How many seeds, instead of the preset's.")] = None,
+    data_dir: Annotated[Optional[Path], typer.Option(help="Where MNIST, Fashion-MNIST or CIFAR-10 lie.")] = None,
+    dataset: Annotated[Optional[DatasetName], typer.Option(help="What to train on; default: digits.")] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu (default), cuda, cuda:1, ...")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the report, and of an unfinished run.")] = _OUT,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in --out.")] = False,
+) -> None:
+    """Train on real data through the operators and write index.html and results.json."""
+    chosen = select(names or [])
+    stated = {
+        "experiments": tuple(experiment.name for experiment in chosen) if names else None,
+        "preset": preset and preset.value,
+        "seeds": seeds,
+        "data_dir": data_dir and str(data_dir.expanduser().absolute()),
+        "dataset": dataset and dataset.value,
+        "device": device,
+    }
+    request = Request(
+        experiments=tuple(experiment.name for experiment in chosen),
+        preset=preset.value if preset else "quick",
+        dataset=dataset.value if dataset else "digits",
+        data_dir=str(data_dir.expanduser().absolute()) if data_dir else None,
+        seeds=seeds,
+        device=device or "cpu",
+    )
+    given = frozenset(name for name, value in stated.items() if value is not None)
+    console = Console()
+    try:
+        with Screen(console) as screen:
+            page = runs.reproduce(request, out, resume=resume, progress=screen, given=given)
+    except KeyboardInterrupt:
+        words = runs.command(request)
+        _complain(f"interrupted; every finished epoch is kept. Continue with: {words} --out {out} --resume")
+        raise typer.Exit(130) from None
+    if page is None:
+        console.print(f"{out} is finished, there is nothing to resume.", highlight=False)
+    else:
+        console.print(f"Wrote {page} and {page.with_name('results.json')}", highlight=False, soft_wrap=True)
+
+
+@app.command("list")
+def list_() -> None:
+    """Show the experiments."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("name", "what it does", "after"):
+        table.add_column(column)
+    for experiment in discover().values():
+        name = experiment.name if experiment.by_default else f"{experiment.name} (only by name)"
+        table.add_row(name, experiment.title, experiment.source)
+    Console().print(table)
+
+
+@app.command()
+def report(
+    out: Annotated[Path, typer.Option(help="Directory that holds results.json.")] = _OUT,
+) -> None:
+    """Draw index.html again from results.json."""
+    Console().print(f"Wrote {write_report(out)}", highlight=False, soft_wrap=True)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Run the benchmarks of a source checkout; all arguments go to `python -m benchmarks`."""
+    checkout = Path.cwd()
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        raise UserError("benchmarks are part of the source, not of the package: run this in a checkout of couplings.")
+    raise typer.Exit(subprocess.run([sys.executable, "-m", "benchmarks", *context.args], check=False).returncode)
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices, threads, active kernels, and what is not installed."""
+    console = Console()
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in {**environment.describe(), "Installed in": environment.place()}.items():
+        table.add_row(name, value)
+    console.print(table)
+    for extra, missing in environment.missing_extras().items():
+        if missing:
+            line = f'{extra}: {", ".join(missing)} missing. Run: pip install "couplings[{extra}]"'
+        else:
+            line = f"{extra}: complete"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line on ``arguments`` and return the exit status."""
+    try:
+        app(arguments)
+    except SystemExit as end:  # how typer returns
+        return end.code if isinstance(end.code, int) else 1 if end.code else 0
+    except UserError as error:
+        _complain(str(error))
+        return error.exit_code
+    return 0
+
+
+def _complain(line: str) -> None:
+    print(f"couplings: {line}", file=sys.stderr)

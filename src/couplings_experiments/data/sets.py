@@ -1,0 +1,180 @@
+"""From files to tensors: one honest split into train, validation and test, the same code for every set.
+
+The test images are fixed once and for all: the official test set, or for digits a stratified 30 % drawn with seed 0.
+Only the remaining images are divided anew by each seed, stratified, into train and validation. Settings are chosen on
+validation images, which therefore never are test images of any seed; the test set is looked at once per trained model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from couplings_experiments.data.cifar import read_batch
+from couplings_experiments.data.idx import read_idx
+from couplings_experiments.errors import UserError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (n, channels, height, width), float32, and labels (n,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> Split:
+        """The same on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """One seed's division of a data set, scaled by the mean and deviation of its training images."""
+
+    name: str
+    train: Split
+    validation: Split
+    test: Split
+
+    @property
+    def classes(self) -> int:
+        """How many labels there are."""
+        return int(self.train.labels.max()) + 1
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images in each part."""
+        return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+    def to(self, device: torch.device) -> Dataset:
+        """The same on ``device``."""
+        return replace(
+            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
+        )
+
+
+_Raw = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
+_IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def load(name: str, data_dir: Path | None, seed: int, limit: int | None = None) -> Dataset:
+    """Read ``name`` and divide it by ``seed``.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: where the files are; not needed for digits. Nothing is ever downloaded.
+        seed: decides train against validation, never the test images.
+        limit: keep at most so many training images, and a fifth and a half of it for validation and test.
+
+    Raises:
+        UserError: an unknown name, missing files, or files that are not what they should be.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}. There are: {', '.join(DATASETS)}.")
+    reader, scale, validation_share = DATASETS[name]
+    try:
+        rest, test = reader(name, data_dir)
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror} ({error.filename}).") from None
+    kept, held = _divide(rest[1], validation_share, seed)
+    cut = [len(kept), len(held), len(test[1])] if limit is None else [limit, max(limit // 5, 1), max(limit // 2, 1)]
+    parts = [
+        (rest[0][kept][: cut[0]], rest[1][kept][: cut[0]]),
+        (rest[0][held][: cut[1]], rest[1][held][: cut[1]]),
+        (test[0][: cut[2]], test[1][: cut[2]]),
+    ]
+    pixels = torch.from_numpy(parts[0][0].astype(np.float32) / scale)
+    mean = pixels.mean((0, 2, 3), keepdim=True)
+    deviation = pixels.std((0, 2, 3), keepdim=True)
+    splits = [
+        Split((torch.from_numpy(images.astype(np.float32) / scale) - mean) / deviation, torch.from_numpy(labels))
+        for images, labels in parts
+    ]
+    return Dataset(name, *splits)
+
+
+def _divide(
+    labels: npt.NDArray[np.int64], share: float, seed: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Indices of a stratified division, ``share`` of each class to the second part, both in random order."""
+    random = np.random.default_rng(seed)
+    first, second = [], []
+    for label in np.unique(labels):
+        members = random.permutation(np.flatnonzero(labels == label))
+        count = round(share * len(members))
+        second.append(members[:count])
+        first.append(members[count:])
+    return random.permutation(np.concatenate(first)), random.permutation(np.concatenate(second))
+
+
+def _digits(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images, labels = found.images[:, None].astype(np.uint8), found.target.astype(np.int64)
+    rest, test = _divide(labels, 0.3, seed=0)
+    return (images[rest], labels[rest]), (images[test], labels[test])
+
+
+def _mnist(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
+    inner = {"mnist": ("mnist", "MNIST/raw"), "fashion-mnist": ("fashion-mnist", "FashionMNIST/raw")}[name]
+    folder = _needed(name, data_dir)
+    places = [folder, *(folder / place for place in inner)]
+    read = []
+    for file, dimensions in zip(_IDX_FILES, (3, 1, 3, 1), strict=True):
+        paths = [place / (file + ending) for place in places for ending in ("", ".gz")]
+        path = next((path for path in paths if path.is_file()), None)
+        if path is None:
+            looked = ", ".join(str(place) for place in places)
+            raise UserError(f"{name}: {file} (or {file}.gz) is in none of {looked}. Put it there or change --data-dir.")
+        read.append(read_idx(path, dimensions))
+    for images, labels in ((read[0], read[1]), (read[2], read[3])):
+        if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
+            raise UserError(
+                f"{name}: expected 28 x 28 images with as many labels 0..9, found images {images.shape} and "
+                f"{len(labels)} labels. Fetch the files again."
+            )
+    train, test = ((read[i][:, None], read[i + 1].astype(np.int64)) for i in (0, 2))
+    return train, test
+
+
+def _cifar(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
+    folder = _needed(name, data_dir)
+    places = [folder, folder / "cifar-10-batches-py"]
+    files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    place = next((place for place in places if (place / files[0]).is_file()), None)
+    if place is None:
+        looked = " nor ".join(str(place) for place in places)
+        raise UserError(f"{name}: {files[0]} is neither in {looked}. Unpack the python version there.")
+    missing = [file for file in files if not (place / file).is_file()]
+    if missing:
+        raise UserError(f"{name}: {', '.join(missing)} not found in {place}. Unpack the python version again.")
+    read = [read_batch(place / file) for file in files]
+    train = np.concatenate([images for images, _ in read[:5]]), np.concatenate([labels for _, labels in read[:5]])
+    return train, read[5]
+
+
+def _needed(name: str, data_dir: Path | None) -> Path:
+    if data_dir is None:
+        raise UserError(f"{name} is not shipped with anything and never downloaded: say where it is with --data-dir.")
+    if not data_dir.is_dir():
+        raise UserError(f"--data-dir {data_dir} is not a directory.")
+    return data_dir
+
+
+DATASETS: dict[str, tuple[Callable[[str, Path | None], tuple[_Raw, _Raw]], float, float]] = {
+    # reader, largest pixel value, share of the images outside the test set that validate
+    "digits": (_digits, 16.0, 2 / 7),
+    "mnist": (_mnist, 255.0, 1 / 6),
+    "fashion-mnist": (_mnist, 255.0, 1 / 6),
+    "cifar10": (_cifar, 255.0, 1 / 10),
+}

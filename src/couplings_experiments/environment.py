@@ -1,0 +1,106 @@
+"""What this machine and installation are: for `couplings doctor` and for the foot of every report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+
+import torch
+
+import couplings_experiments
+from couplings_experiments.errors import UserError
+
+_PACKAGES = ("torch", "numpy", "scikit-learn", "safetensors", "matplotlib")
+
+
+def describe() -> dict[str, str]:
+    """Versions, processor, devices and kernels, as text."""
+    return {
+        "couplings": version("couplings") or "not installed",
+        "Python": f"{platform.python_version()} ({platform.python_implementation()})",
+        **{name: found for name in _PACKAGES if (found := version(name))},
+        "System": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "Processor": f"{_processor()}, {os.cpu_count()} cores, instructions up to {torch.backends.cpu.get_cpu_capability()}",
+        "Threads": f"{torch.get_num_threads()} within an operation, {torch.get_num_interop_threads()} between operations",
+        "Devices": ", ".join(devices()),
+        "Kernels": kernels(),
+    }
+
+
+def devices() -> list[str]:
+    """Every device that --device accepts here."""
+    found = ["cpu"]
+    for index in range(torch.cuda.device_count()):
+        found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)})")
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return found
+
+
+def check_device(name: str) -> None:
+    """Raise a `UserError` unless tensors can be made on ``name``."""
+    try:
+        torch.zeros(1, device=torch.device(name))
+    except (RuntimeError, AssertionError, ValueError):  # torch raises any of these, by device
+        raise UserError(f"--device {name} is not available. Here there is: {', '.join(devices())}.") from None
+
+
+def kernels() -> str:
+    """Which implementation the operators use."""
+    try:
+        shipped = importlib.util.find_spec("couplings.kernels.triton") is not None
+    except ModuleNotFoundError:
+        shipped = False
+    if not shipped:
+        return "plain torch on every device (this version ships no GPU kernels)"
+    if not torch.cuda.is_available():
+        return "plain torch on the CPU; Triton kernels are there but no CUDA device is"
+    if importlib.util.find_spec("triton") is None:
+        return "plain torch: Triton kernels and a CUDA device are there, the triton package is not (pip install triton)"
+    return "Triton on CUDA tensors, plain torch elsewhere"
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of ``distribution``, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing_extras() -> dict[str, list[str]]:
+    """For every extra of couplings, the packages that are not installed."""
+    missing: dict[str, list[str]] = {}
+    try:
+        required = importlib.metadata.requires("couplings") or []
+    except importlib.metadata.PackageNotFoundError:
+        return missing
+    for line in required:
+        extra = re.search(r"""extra\s*==\s*["']([\w-]+)["']""", line)
+        bound = re.search(r"""python_version\s*>=\s*["']3\.(\d+)["']""", line)
+        applies = bound is None or int(platform.python_version_tuple()[1]) >= int(bound.group(1))
+        name = re.match(r"[\w.-]+", line)
+        if extra and name and applies:
+            packages = missing.setdefault(extra.group(1), [])
+            if version(name.group()) is None:
+                packages.append(name.group())
+    return missing
+
+
+def place() -> str:
+    """Where the package lies."""
+    return os.path.dirname(couplings_experiments.__file__)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            found = re.search(r"model name\s*:\s*(.+)", file.read())
+            if found:
+                return found.group(1).strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
