@@ -1,0 +1,47 @@
+"""Run the registry of benchmarks and write its tables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all of them")
+    parser.add_argument("--quick", action="store_true", help="seconds a case; not for quoting")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where tables go (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    options = parser.parse_args(arguments)
+    # before they are imported: jax is not to look for accelerators, torch's profiler not to log every start
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    # peers warn on every call that they did not converge: the error column says it
+    warnings.filterwarnings("ignore")
+
+    import torch
+
+    from benchmarks.cases import load
+    from benchmarks.runner import run_case
+
+    registered = load()
+    if options.list:
+        for case in registered.values():
+            print(f"{case.name:<20} {case.title}")
+        return 0
+    if unknown := [name for name in options.cases if name not in registered]:
+        parser.error(f"no case named {', '.join(unknown)}; there are {', '.join(registered)}")
+    torch.set_num_threads(options.threads)
+    chosen = options.cases or list(registered)
+    green = [run_case(registered[name], options.out, quick=options.quick) for name in chosen]
+    return 0 if all(green) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
