@@ -1,5 +1,6 @@
 """The transport core: entropic couplings, solved to a certificate and differentiated implicitly."""
 
+from couplings.transport.api import solve
 from couplings.transport.coupling import Coupling, Potentials, Status, act_on_failure
 
-__all__ = ["Coupling", "Potentials", "Status", "act_on_failure"]
+__all__ = ["Coupling", "Potentials", "Status", "act_on_failure", "solve"]

@@ -54,7 +54,7 @@ class Coupling:
         a: Row masses ``(*batch, n)``.
         b: Column masses ``(*batch, m)``.
         epsilon: Regularisation, a float or a tensor that broadcasts to ``batch``.
-        potentials: The pair ``(f, g)``, ``(*batch, n)`` and ``(*batch, m)``, in cost units.
+        potentials: The pair ``(f, g)``, ``(*batch, n)`` and ``(*batch, m)``, in cost units, or a function that returns it.
         value: ``<P, C> + epsilon * sum P (log P - 1)`` ``(*batch,)``, or a function that returns it.
         residual: L1 error of both marginals of the returned plan ``(*batch,)``.
         gap: Duality gap of the plan rounded to exact marginals ``(*batch,)``, or a function likewise.
@@ -83,7 +83,7 @@ class Coupling:
         a: Tensor,
         b: Tensor,
         epsilon: float | Tensor,
-        potentials: tuple[Tensor, Tensor],
+        potentials: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
         value: Lazy,
         residual: Tensor,
         gap: Lazy,
@@ -101,8 +101,7 @@ class Coupling:
         self.a = a
         self.b = b
         self.epsilon = epsilon
-        #: ``(f, g)`` in cost units, in the precision the solver worked in (float64 for the dense solvers).
-        self.potentials = Potentials(*potentials)
+        self._potentials = potentials
         #: L1 error of both marginals, summed in float64 over the plan the solver returns ``(*batch,)``.
         self.residual = residual.detach()
         #: Solver steps per item ``(*batch,)``.
@@ -113,7 +112,7 @@ class Coupling:
     # -- what a loss uses
 
     def plan(self) -> Tensor:
-        """The plan ``P`` ``(*batch, n, m)``; its entries are masses. Recomputed at every call, never stored."""
+        """The plan ``P`` ``(*batch, n, m)``, in units of mass; recomputed at every call, never stored."""
         return self._cast(self._raw_plan())
 
     def log_plan(self) -> Tensor:
@@ -151,6 +150,17 @@ class Coupling:
             ValueError: ``u`` does not have one entry per row.
         """
         return self._product("u", self._raw_plan().mT, u)
+
+    @property
+    def potentials(self) -> Potentials:
+        """``(f, g)`` in cost units; ``f`` is ``-inf`` where ``a`` is zero, likewise ``g``.
+
+        They are defined up to a constant; the dense solvers choose ``<b, g> = 0``, so that the derivative of
+        :attr:`value` with respect to ``a`` is ``f`` and with respect to ``b`` is ``g``, and return float64
+        for every input: in float32 they would not determine the plan to its certified accuracy.
+        """
+        pair = self._potentials() if callable(self._potentials) else self._potentials
+        return Potentials(*pair)
 
     @property
     def value(self) -> Tensor:
@@ -226,7 +236,7 @@ class Coupling:
         lazy = ("_log_plan", "_plan", "_value", "_gap")
         state |= {name: None if (x := getattr(self, name)) is None else _force(x) for name in lazy}
         state = {name: x.detach() if isinstance(x, Tensor) else x for name, x in state.items()}
-        state["potentials"] = Potentials(*(x.detach() for x in self.potentials))
+        state["_potentials"] = tuple(x.detach() for x in self.potentials)
         state["_dtype"] = self._dtype
         return state
 

@@ -1,0 +1,454 @@
+"""``solve``: checks, preparation of the problem, dispatch, and the certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from couplings._checks import bool_tensor, broadcastable, choice, describe, real_tensor, reject
+from couplings._checks import same_device, same_dtype
+from couplings._rowwise import seen
+from couplings.transport.coupling import Coupling, Status, act_on_failure
+from couplings.transport.implicit import RelativeValue, ShortPotential, density
+from couplings.transport.sinkhorn import Sweeps
+
+SOLVERS = ("auto", "newton", "newton_cg", "sinkhorn")
+NEWTON_STEPS = 300
+SWEEPS = 10_000
+
+# Relative L1 residual: where the solver stops, and what it must reach to be CONVERGED, if no tolerance is given.
+GOAL = {torch.float64: 1e-11, torch.float32: 1e-9}
+BAR = {torch.float64: 1e-9, torch.float32: 2e-6}
+# Relative difference of the masses of a and b that is rounding of their dtype and not a mistake.
+MASS_ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+
+
+def solve(
+    cost: Tensor,
+    a: Tensor | None = None,
+    b: Tensor | None = None,
+    *,
+    epsilon: float | Tensor,
+    solver: str = "auto",
+    iterations: int | None = None,
+    tolerance: float | None = None,
+    row_mask: Tensor | None = None,
+    column_mask: Tensor | None = None,
+    on_fail: str = "warn",
+) -> Coupling:
+    """Entropic optimal transport, solved to a certificate and differentiable to any order.
+
+    Finds the plan ``P >= 0`` with row sums ``a`` and column sums ``b`` that minimises
+    ``<P, C> + epsilon * sum P (log P - 1)``, hence ``P_ij = exp((f_i + g_j - C_ij) / epsilon)`` (Cuturi, NeurIPS
+    2013). The default solver is an annealed Newton method on the semi-dual, see ``transport/README.md``.
+
+    Args:
+        cost: ``(*batch, n, m)`` float64, float32, float16 or bfloat16, in the units of ``epsilon``. ``+inf`` forbids
+            a pair.
+        a: Row masses ``(*batch, n)``, non-negative, in the dtype of ``cost``; None is uniform over valid rows with
+            sum 1.
+        b: Column masses ``(*batch, m)``, of the same total; None likewise. They are rescaled to the exact sum of
+            ``a``, which also fixes what a gradient with respect to a single mass means.
+        epsilon: Regularisation in cost units, positive: a float, or a tensor that broadcasts to ``batch``, through
+            which the gradient passes.
+        solver: ``"newton"`` (one dense factorisation of the shorter side a step), ``"newton_cg"`` (matrix-free),
+            ``"auto"`` (by size: the former up to a shorter side of 256) or ``"sinkhorn"``.
+        iterations: Only with ``solver="sinkhorn"``: exactly that many sweeps, rows first, from ``g = 0``; the
+            gradient is then that of the unrolled sweeps, not the implicit one.
+        tolerance: L1 error of the marginals relative to the total mass, at which the solver stops. None stops
+            at 1e-11 (float64) or 1e-9 (float32) and calls 1e-9 or 2e-6 converged.
+        row_mask: ``(*batch, n)`` bool, True = takes part. A masked row has zero plan and zero gradient.
+        column_mask: ``(*batch, m)`` bool, likewise.
+        on_fail: What to do where an item did not converge: ``"warn"``, ``"raise"`` or ``"ignore"``. It acts
+            on the CPU in eager mode; elsewhere call :meth:`Coupling.check`.
+
+    Returns:
+        A :class:`Coupling`. An item with NaN in it, or without a feasible plan, is NaN and says so in its status.
+
+    Raises:
+        TypeError: A wrong type or dtype.
+        ValueError: A wrong shape, device or option; and, where values can be read (CPU, eager), negative masses,
+            masses that differ, or an epsilon that is not positive.
+        RuntimeError: ``on_fail="raise"`` and an item did not converge.
+
+    Example:
+        >>> import torch
+        >>> cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+        >>> coupling = solve(cost, epsilon=0.1)
+        >>> coupling.plan().sum(-1)
+        tensor([0.5000, 0.5000])
+        >>> bool(coupling.residual < 2e-6)
+        True
+    """
+    _check_metadata(cost, a, b, epsilon, solver, iterations, tolerance, row_mask, column_mask, on_fail)
+    problem = _prepare(cost, a, b, epsilon, row_mask, column_mask)
+    work = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    if solver == "sinkhorn" and iterations is not None:
+        coupling = _fixed_sweeps(problem, iterations, _bar(tolerance, work), work, cost.dtype)
+    else:
+        goal = GOAL[work] if tolerance is None else 0.5 * tolerance
+        coupling = _converged(problem, solver, goal, _bar(tolerance, work), work, cost.dtype)
+    if seen(coupling.status != Status.CONVERGED):
+        act_on_failure(coupling, on_fail)
+    return coupling
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A problem in float64, rows first, with marginals of mass 1; bad items are replaced by harmless ones."""
+
+    cost: Tensor  # (*batch, n, m)
+    p: Tensor  # a / mass
+    q: Tensor  # b / mass
+    a: Tensor
+    b: Tensor
+    epsilon: Tensor  # (*batch,)
+    mass: Tensor  # (*batch,)
+    nonfinite: Tensor  # (*batch,) bool
+    infeasible: Tensor  # (*batch,) bool
+
+    @property
+    def poison(self) -> Tensor:
+        """Added to every result: 0, or NaN for a bad item."""
+        return torch.where(self.nonfinite | self.infeasible, torch.nan, torch.zeros_like(self.mass))
+
+
+def _check_metadata(
+    cost: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    epsilon: float | Tensor,
+    solver: str,
+    iterations: int | None,
+    tolerance: float | None,
+    row_mask: Tensor | None,
+    column_mask: Tensor | None,
+    on_fail: str,
+) -> None:
+    real_tensor("cost", cost)
+    if cost.dim() < 2 or cost.shape[-1] == 0 or cost.shape[-2] == 0:
+        reject("cost", "shape (*batch, n, m) with n, m >= 1", describe(cost), "Add the missing dimensions.")
+    batch, n, m = cost.shape[:-2], cost.shape[-2], cost.shape[-1]
+    for name, weights, size in (("a", a, n), ("b", b, m)):
+        if weights is not None:
+            real_tensor(name, weights)
+            same_dtype(name, weights, cost, "cost")
+            same_device(name, weights, cost, "cost")
+            broadcastable(name, weights, (*batch, size), "one mass per row" if name == "a" else "per column")
+            if weights.dim() == 0 or weights.shape[-1] != size:
+                reject(name, f"{size} masses in the last dimension", describe(weights), f"Expand {name}.")
+    for name, mask, size in (("row_mask", row_mask, n), ("column_mask", column_mask, m)):
+        if mask is not None:
+            bool_tensor(name, mask)
+            same_device(name, mask, cost, "cost")
+            broadcastable(name, mask, (*batch, size), "one flag per row or column")
+    if isinstance(epsilon, Tensor):
+        real_tensor("epsilon", epsilon)
+        if epsilon.dim() > 0:
+            same_device("epsilon", epsilon, cost, "cost")
+        broadcastable("epsilon", epsilon, batch, "one epsilon per problem")
+    else:
+        _positive(
+            "epsilon",
+            epsilon,
+            "For the unregularised plan use a linear-programming solver; epsilon = 0 "
+            "has none of the smoothness that a gradient needs."
+            if epsilon == 0
+            else "Pass epsilon > 0.",
+        )
+    choice("solver", solver, SOLVERS)
+    choice("on_fail", on_fail, ("warn", "raise", "ignore"))
+    if iterations is not None:
+        if isinstance(iterations, bool) or not isinstance(iterations, int):
+            reject("iterations", "an int or None", describe(iterations), "Pass an int.", TypeError)
+        if solver != "sinkhorn":
+            reject("iterations", f"None with solver={solver!r}", iterations, "Pass solver='sinkhorn'.")
+        if iterations < 1:
+            reject("iterations", "at least 1", iterations, "Pass a positive number of sweeps.")
+    if tolerance is not None:
+        _positive("tolerance", tolerance, "Pass a positive relative residual, or None.")
+
+
+def _positive(name: str, value: object, remedy: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        reject(name, "a positive number", describe(value), "Pass a float.", TypeError)
+    if not (math.isfinite(value) and value > 0):
+        reject(name, "a finite number > 0", value, remedy)
+
+
+def _prepare(
+    cost: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    epsilon: float | Tensor,
+    row_mask: Tensor | None,
+    column_mask: Tensor | None,
+) -> _Problem:
+    batch, n, m = cost.shape[:-2], cost.shape[-2], cost.shape[-1]
+    rows = _mask(row_mask, (*batch, n), cost)
+    columns = _mask(column_mask, (*batch, m), cost)
+    something = rows.any(-1, keepdim=True) & columns.any(-1, keepdim=True)
+    given_a = _masses(a, rows, something)
+    given_b = _masses(b, columns, something)
+    if isinstance(epsilon, Tensor):
+        eps = epsilon.to(device=cost.device, dtype=torch.float64).expand(batch)
+    else:
+        eps = torch.full(batch, float(epsilon), dtype=torch.float64, device=cost.device)
+    full = cost.to(torch.float64)
+    if row_mask is not None or column_mask is not None:
+        full = torch.where(rows[..., :, None] & columns[..., None, :], full, 0.0)
+
+    nonfinite = (full.isnan() | (full == -torch.inf)).any(-1).any(-1)
+    nonfinite = nonfinite | ~given_a.isfinite().all(-1) | ~given_b.isfinite().all(-1) | ~eps.isfinite()
+    negative_a, negative_b = (given_a < 0).any(-1), (given_b < 0).any(-1)
+    mass, mass_b = given_a.sum(-1), given_b.sum(-1)
+    differ = (mass - mass_b).abs() > MASS_ROUNDING[cost.dtype] * torch.maximum(mass, mass_b)
+    _check_values(negative_a, negative_b, differ & ~nonfinite, ~nonfinite & (eps <= 0), mass, mass_b, eps)
+    nonfinite = nonfinite | (eps <= 0)
+    allowed = full < torch.inf
+    lost_row = (given_a > 0) & ~(allowed & (given_b > 0)[..., None, :]).any(-1)
+    lost_column = (given_b > 0) & ~(allowed & (given_a > 0)[..., :, None]).any(-2)
+    infeasible = negative_a | negative_b | differ | lost_row.any(-1) | lost_column.any(-1)
+
+    bad = nonfinite | infeasible
+    given_a = torch.where(bad[..., None], 0.0, given_a)
+    given_b = torch.where(bad[..., None], 0.0, given_b)
+    mass, mass_b = given_a.sum(-1), given_b.sum(-1)
+    nothing = mass == 0
+    p = given_a / torch.where(nothing, 1.0, mass)[..., None]
+    q = given_b / torch.where(nothing, 1.0, mass_b)[..., None]
+    return _Problem(
+        cost=torch.where(bad[..., None, None], 0.0, full),
+        p=p,
+        q=q,
+        a=given_a,
+        b=q * mass[..., None],
+        epsilon=torch.where(bad, 1.0, eps),
+        mass=mass,
+        nonfinite=nonfinite,
+        infeasible=infeasible & ~nonfinite,
+    )
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=like.device)
+    return mask.expand(shape)
+
+
+def _masses(given: Tensor | None, valid: Tensor, something: Tensor) -> Tensor:
+    """Masses in float64, zero where masked; the default is uniform, or zero if the other side has no valid entry."""
+    if given is None:
+        count = valid.sum(-1, keepdim=True).clamp_min(1)
+        return (valid & something).to(torch.float64) / count
+    return torch.where(valid, given.to(torch.float64), 0.0)
+
+
+def _check_values(
+    negative_a: Tensor,
+    negative_b: Tensor,
+    differ: Tensor,
+    bad_epsilon: Tensor,
+    mass: Tensor,
+    mass_b: Tensor,
+    epsilon: Tensor,
+) -> None:
+    """What only values show, where looking at them is free."""
+    if not seen(negative_a | negative_b | differ | bad_epsilon):
+        return
+    if seen(bad_epsilon):
+        reject("epsilon", "positive values", float(epsilon.min()), "Pass epsilon > 0.")
+    for name, negative in (("a", negative_a), ("b", negative_b)):
+        if seen(negative):
+            reject(
+                name,
+                "non-negative masses",
+                "a negative one",
+                f"Pass {name}.clamp_min(0), or look for its origin.",
+            )
+    item = int(differ.reshape(-1).to(torch.int8).argmax())
+    masses = f"{float(mass.reshape(-1)[item]):.7g} and {float(mass_b.reshape(-1)[item]):.7g}"
+    reject("b", "the total mass of a (a missing argument has mass 1)", masses, "Pass b * a.sum() / b.sum().")
+
+
+def _bar(tolerance: float | None, work: torch.dtype) -> float:
+    """The residual that counts as converged: the tolerance, but not less than the plan's own rounding."""
+    if tolerance is None:
+        return BAR[work]
+    return max(tolerance, 5e-7 if work == torch.float32 else 1e-14)
+
+
+def _converged(
+    problem: _Problem, solver: str, goal: float, bar: float, work: torch.dtype, dtype: torch.dtype
+) -> Coupling:
+    """Solve to the tolerance on the shorter side, with the implicit gradient."""
+    turned = problem.cost.shape[-2] > problem.cost.shape[-1]
+    cost = problem.cost.mT if turned else problem.cost
+    p, q = (problem.q, problem.p) if turned else (problem.p, problem.q)
+    epsilon = problem.epsilon
+    cap = SWEEPS if solver == "sinkhorn" else NEWTON_STEPS
+    potential, steps = ShortPotential.apply(cost, p, q, epsilon, solver, goal, cap)
+    poison = problem.poison
+
+    def plan() -> Tensor:
+        _, _, kappa = density(cost, p, q, epsilon, potential)
+        out = p[..., :, None] * (q * problem.mass[..., None])[..., None, :] * kappa
+        return _turn(out + poison[..., None, None], turned).to(work)
+
+    def log_plan() -> Tensor:
+        y, log_z, _ = density(cost, p, q, epsilon, potential)
+        log_mass = _masked_log(q * problem.mass[..., None])[..., None, :] + _masked_log(p)[..., :, None]
+        idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
+        out = (y - log_z[..., None, :] + log_mass).masked_fill(idle, -torch.inf)
+        return _turn(out + poison[..., None, None], turned).to(work)
+
+    def value() -> Tensor:
+        relative = RelativeValue.apply(cost, p, q, epsilon, potential)
+        return _absolute(problem, relative) + poison
+
+    def potentials() -> tuple[Tensor, Tensor]:
+        _, log_z, _ = density(cost, p, q, epsilon, potential)
+        other = -epsilon[..., None] * log_z
+        return (other, potential) if turned else (potential, other)
+
+    return _certify(problem, log_plan, plan, value, potentials, steps, cap, bar, work, dtype)
+
+
+def _fixed_sweeps(
+    problem: _Problem, iterations: int, bar: float, work: torch.dtype, dtype: torch.dtype
+) -> Coupling:
+    """Exactly ``iterations`` Sinkhorn sweeps, rows first, with the gradient of the unrolled sweeps."""
+    cost, p, q, epsilon = problem.cost.mT, problem.q, problem.p, problem.epsilon
+    idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
+    x = torch.where(cost == torch.inf, torch.inf, torch.where(idle, 0.0, cost) / epsilon[..., None, None])
+    hs, es = Sweeps.apply(x, p, q, iterations, work == torch.float32)
+    h, e = hs[..., -1, :], es[..., -1, :]
+    poison = problem.poison
+
+    def raw_log_plan() -> Tensor:
+        logits = h[..., :, None] + e[..., None, :] - torch.where(idle, 0.0, x)
+        return torch.where(idle, -torch.inf, logits)
+
+    def plan() -> Tensor:
+        out = raw_log_plan().exp() * problem.mass[..., None, None]
+        return (out + poison[..., None, None]).mT.to(work)
+
+    def log_plan() -> Tensor:
+        out = raw_log_plan() + _masked_log(problem.mass)[..., None, None] + poison[..., None, None]
+        return out.mT.to(work)
+
+    def value() -> Tensor:
+        log_density = raw_log_plan() - _masked_log(p)[..., :, None] - _masked_log(q)[..., None, :]
+        log_density = torch.where(idle, 0.0, log_density)
+        finite = torch.where(idle, 0.0, cost)
+        out = raw_log_plan().exp() * (finite + epsilon[..., None, None] * log_density)
+        return _absolute(problem, out.sum((-1, -2))) + poison
+
+    def potentials() -> tuple[Tensor, Tensor]:
+        return epsilon[..., None] * (e - _masked_log(q)), epsilon[..., None] * (h - _masked_log(p))
+
+    steps = torch.full_like(problem.mass, iterations, dtype=torch.int64)
+    return _certify(problem, log_plan, plan, value, potentials, steps, iterations, bar, work, dtype)
+
+
+def _certify(
+    problem: _Problem,
+    log_plan: Callable[[], Tensor],
+    plan: Callable[[], Tensor],
+    value: Callable[[], Tensor],
+    densities: Callable[[], tuple[Tensor, Tensor]],
+    steps: Tensor,
+    cap: int,
+    bar: float,
+    work: torch.dtype,
+    dtype: torch.dtype,
+) -> Coupling:
+    """Measure the returned plan, and put the coupling together.
+
+    ``densities`` returns the potentials ``fhat, ghat`` of the density ``P / (a b')``.
+    """
+    with torch.no_grad():
+        returned = plan().to(torch.float64)
+        residual = (returned.sum(-1) - problem.a).abs().sum(-1) + (returned.sum(-2) - problem.b).abs().sum(-1)
+        status = torch.where(
+            residual <= bar * problem.mass,
+            int(Status.CONVERGED),
+            torch.where(steps >= cap, int(Status.MAX_ITERATIONS), int(Status.STALLED)),
+        )
+        status = torch.where(problem.infeasible, int(Status.INFEASIBLE), status)
+        status = torch.where(problem.nonfinite, int(Status.NONFINITE), status)
+
+    def potentials() -> tuple[Tensor, Tensor]:
+        fhat, ghat = densities()
+        eps = problem.epsilon[..., None]
+        f = fhat + eps * (_masked_log(problem.a) - _masked_log(problem.mass)[..., None])
+        g = ghat + eps * _masked_log(problem.b)
+        constant = (problem.q * g).sum(-1, keepdim=True) + problem.poison[..., None]
+        f = torch.where(problem.a > 0, f + constant, torch.where(problem.a == 0, -torch.inf, constant))
+        g = torch.where(problem.b > 0, g - constant, torch.where(problem.b == 0, -torch.inf, constant))
+        bad = (problem.poison != 0)[..., None]
+        return torch.where(bad, torch.nan, f), torch.where(bad, torch.nan, g)
+
+    def gap() -> Tensor:
+        with torch.no_grad():
+            return _duality_gap(problem, plan().to(torch.float64), *densities()) + problem.poison
+
+    return Coupling(
+        log_plan=log_plan,
+        plan=plan,
+        a=problem.a.to(dtype),
+        b=problem.b.to(dtype),
+        epsilon=problem.epsilon,
+        potentials=potentials,
+        value=value,
+        residual=residual,
+        gap=gap,
+        iterations=steps,
+        status=status,
+        dtype=dtype,
+    )
+
+
+def _absolute(problem: _Problem, relative: Tensor) -> Tensor:
+    """From ``<P, C> + epsilon KL(P | p q')`` at mass 1 to ``<P, C> + epsilon sum P (log P - 1)`` at the true mass."""
+    entropy = (problem.p * _masked_log(problem.p)).sum(-1) + (problem.q * _masked_log(problem.q)).sum(-1)
+    return problem.mass * (relative + problem.epsilon * (entropy + _masked_log(problem.mass) - 1))
+
+
+def _duality_gap(problem: _Problem, plan: Tensor, fhat: Tensor, ghat: Tensor) -> Tensor:
+    """Primal value of the plan rounded to exact marginals (Altschuler et al. 2017), minus the dual value.
+
+    The rank-one correction keeps to allowed pairs.
+    """
+    p, q = problem.p[..., :, None], problem.q[..., None, :]
+    eps = problem.epsilon[..., None, None]
+    mass = torch.where(problem.mass == 0, 1.0, problem.mass)
+    idle = (p * q == 0) | (problem.cost == torch.inf)
+    cost = torch.where(idle, 0.0, problem.cost)
+    plan = plan / mass[..., None, None]
+    for marginal, dim in ((p, -1), (q, -2)):
+        total = plan.sum(dim, keepdim=True)
+        plan = plan * torch.where(total > marginal, marginal / total, 1.0)
+    lacking_p, lacking_q = p - plan.sum(-1, keepdim=True), q - plan.sum(-2, keepdim=True)
+    lacking = lacking_p.sum((-1, -2), keepdim=True)
+    correction = lacking_p * lacking_q / torch.where(lacking > 0, lacking, 1.0)
+    plan = torch.where(idle, 0.0, plan + correction)
+    log_density = _masked_log(plan) - _masked_log(p) - _masked_log(q)
+    primal = (plan * (cost + eps * log_density)).sum((-1, -2))
+    y = (fhat[..., :, None] + ghat[..., None, :] - cost) / eps
+    total = torch.where(idle, 0.0, p * q * torch.where(idle, 0.0, y).exp()).sum((-1, -2))
+    dual = (problem.p * fhat).sum(-1) + (problem.q * ghat).sum(-1) - problem.epsilon * (total - 1)
+    return problem.mass * (primal - dual)
+
+
+def _masked_log(x: Tensor) -> Tensor:
+    """``log x``, and 0 with zero gradient where ``x`` is 0: there its factor is an exact zero."""
+    return torch.where(x > 0, x, 1.0).log()
+
+
+def _turn(matrix: Tensor, turned: bool) -> Tensor:
+    return matrix.mT if turned else matrix

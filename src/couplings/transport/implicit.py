@@ -1,0 +1,229 @@
+"""Implicit differentiation: the solution's potential as a function of cost, marginals and epsilon.
+
+Three autograd functions, each with a backward written in differentiable torch code, hence differentiable to any
+order. All work in float64 on ``(*batch, s, l)`` with the short side first, on marginals of mass 1. README.md derives
+every formula.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from couplings._rowwise import vmap_rows
+from couplings.transport.newton import newton_potential
+from couplings.transport.newton_cg import cg_direction, dense_direction
+from couplings.transport.sinkhorn import sinkhorn_potential
+
+ADJOINT_DENSE_LIMIT = 1024  # shorter side up to which the adjoint system is factorised
+ADJOINT_TOLERANCE = 1e-12  # relative residual of the adjoint system where it is solved by conjugate gradients
+ADJOINT_ITERATIONS = 2000
+
+
+def density(cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, potential: Tensor) -> tuple[Tensor, ...]:
+    """Everything that follows from the short side's potential, in differentiable torch code.
+
+    With ``y = (ghat - C) / epsilon``: ``z_l = sum_j p_j exp(y_jl)`` and the density of the plan against the product
+    of its marginals, ``kappa = exp(y) / z``. The plan is ``p_j q_l kappa_jl``: a product, so that a zero mass needs
+    no logarithm.
+
+    Args:
+        cost: ``(*batch, s, l)``, ``+inf`` forbids a pair.
+        p: ``(*batch, s)``.
+        q: ``(*batch, l)``.
+        epsilon: ``(*batch,)``.
+        potential: ``ghat`` ``(*batch, s)``.
+
+    Returns:
+        ``y`` (0 where it plays no part), ``log z`` ``(*batch, l)`` and ``kappa`` (0 where it plays no part).
+    """
+    idle = (p == 0)[..., :, None] & (q == 0)[..., None, :]
+    idle = idle | (cost == torch.inf)
+    y = (potential[..., :, None] - torch.where(idle, 0.0, cost)) / epsilon[..., None, None]
+    y = torch.where(idle, 0.0, y)
+    with torch.no_grad():
+        top = torch.where(idle | (p == 0)[..., :, None], -torch.inf, y).amax(-2)
+        top = torch.where(top == -torch.inf, 0.0, top)
+    # Below -700 an exponential is slow and can no longer be told from 0.
+    shifted = torch.where(idle, -torch.inf, y - top[..., None, :])
+    e = torch.where(shifted > -700.0, shifted, -700.0).exp()
+    e = torch.where(idle, 0.0, e)
+    z = (p[..., None, :] @ e)[..., 0, :]
+    empty = z == 0  # a column without an allowed pair, which has no mass
+    z = torch.where(empty, 1.0, z)
+    return y, top + z.log(), e / z[..., None, :]
+
+
+class ShortPotential(torch.autograd.Function):
+    """``ghat(C, p, q, epsilon)`` with the implicit gradient, and the number of steps.
+
+    The potential is defined up to a constant: a loss must not depend on the constant.
+    """
+
+    @staticmethod
+    def forward(
+        cost: Tensor,
+        p: Tensor,
+        q: Tensor,
+        epsilon: Tensor,
+        method: str,
+        tolerance: float,
+        iterations: int,
+    ) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return _opaque_potential(cost, p, q, epsilon, method, tolerance, iterations)
+        return _solve(cost, p, q, epsilon, method, tolerance, iterations)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        cost, p, q, epsilon, *_ = inputs
+        potential, steps = output
+        ctx.save_for_backward(cost, p, q, epsilon, potential)
+        ctx.mark_non_differentiable(steps)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        """With t_j = sum_l q_l kappa_jl = 1 for all j: solve T' w = cotangent, pull -epsilon w through dt."""
+        cost, p, q, epsilon, potential = ctx.saved_tensors
+        y, _, kappa = density(cost, p, q, epsilon, potential)
+        pi = p[..., :, None] * kappa
+        # entries without mass: T' is the identity there
+        alone = torch.where(p == 0, cotangent, 0.0)
+        spread = (alone[..., None, :] @ kappa)[..., 0, :]
+        rest = torch.where(p == 0, 0.0, cotangent) + (pi @ (q * spread)[..., None])[..., 0]
+        w = alone + p * schur_solve(pi, p, q, rest)
+        response = (w[..., None, :] @ kappa)[..., 0, :]
+        rho = q[..., None, :] * kappa
+        grad_cost = rho * (w[..., :, None] - p[..., :, None] * response[..., None, :])
+        grad_p = epsilon[..., None] * (rho @ response[..., None])[..., 0]
+        grad_q = -epsilon[..., None] * response
+        grad_epsilon = (grad_cost * y).sum((-1, -2))
+        return grad_cost, grad_p, grad_q, grad_epsilon, None, None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_rows(ShortPotential, info, in_dims, args)
+
+
+def schur_solve(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
+    """``v`` with ``(diag(pi q) - pi diag(q) pi') v = right`` and ``<p, v> = 0``, differentiable.
+
+    ``right`` is projected onto the range (zero sum); the null direction is the constant.
+    """
+    right = right - p * right.sum(-1, keepdim=True)
+    v = _SchurSolve.apply(pi, p, q, right)
+    return v - (p * v).sum(-1, keepdim=True)
+
+
+class _SchurSolve(torch.autograd.Function):
+    """The bare solve; its inputs and cotangents sum to zero."""
+
+    @staticmethod
+    def forward(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return _opaque_schur(pi, p, q, right)
+        return _schur(pi, p, q, right)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pi, p, q, _ = inputs
+        ctx.save_for_backward(pi, p, q, output)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """S is symmetric: solve again, and differentiate -w' S v in pi and q."""
+        pi, p, q, v = ctx.saved_tensors
+        w = schur_solve(pi, p, q, cotangent)
+        piv = (v[..., None, :] @ pi)[..., 0, :]
+        piw = (w[..., None, :] @ pi)[..., 0, :]
+        vw = v * w
+        inner = vw[..., :, None] - w[..., :, None] * piv[..., None, :] - v[..., :, None] * piw[..., None, :]
+        grad_pi = -q[..., None, :] * inner
+        grad_q = piv * piw - (vw[..., None, :] @ pi)[..., 0, :]
+        return grad_pi, None, grad_q, w
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_rows(_SchurSolve, info, in_dims, args)
+
+
+class RelativeValue(torch.autograd.Function):
+    """``min <P, C> + epsilon KL(P | p q')`` ``(*batch,)`` by the envelope theorem.
+
+    The first derivative needs no linear solve; the second differentiates the potential in it.
+    """
+
+    @staticmethod
+    def forward(cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, potential: Tensor) -> Tensor:
+        _, log_z, kappa = density(cost, p, q, epsilon, potential)
+        mass = (p * (kappa @ q[..., None])[..., 0]).sum(-1)
+        linear = (p * potential).sum(-1) - epsilon * (q * log_z).sum(-1)
+        return linear - epsilon * (mass - 1) * (q.sum(-1) > 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        cost, p, q, epsilon, potential = ctx.saved_tensors
+        y, log_z, kappa = density(cost, p, q, epsilon, potential)
+        plan = p[..., :, None] * q[..., None, :] * kappa
+        grad_epsilon = (plan * (y - log_z[..., None, :])).sum((-1, -2))
+        along = cotangent[..., None]
+        grad_q = -along * epsilon[..., None] * log_z
+        return plan * along[..., None], potential * along, grad_q, grad_epsilon * cotangent, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_rows(RelativeValue, info, in_dims, args)
+
+
+def _solve(
+    cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, method: str, tolerance: float, iterations: int
+) -> tuple[Tensor, Tensor]:
+    batch = cost.shape[:-2]
+    short, long = cost.shape[-2:]
+    solver = sinkhorn_potential if method == "sinkhorn" else newton_potential
+    potential, steps = solver(
+        cost.reshape(-1, short, long).contiguous(),
+        p.reshape(-1, short),
+        q.reshape(-1, long),
+        epsilon.reshape(-1),
+        method,
+        tolerance,
+        iterations,
+    )
+    return potential.reshape(*batch, short), steps.reshape(batch)
+
+
+def _schur(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
+    shape = right.shape
+    short, long = pi.shape[-2:]
+    pi, p = pi.reshape(-1, short, long), p.reshape(-1, short)
+    q, right = q.reshape(-1, long), right.reshape(-1, short)
+    none = torch.zeros_like(p[:, 0])
+    if short <= ADJOINT_DENSE_LIMIT:
+        v = dense_direction(pi, p, q, right, none)
+    else:
+        goal = torch.full_like(none, ADJOINT_TOLERANCE)
+        v, _ = cg_direction(pi, p, q, right, none, goal, ADJOINT_ITERATIONS)
+    return v.reshape(shape)
+
+
+_opaque_potential = torch.library.custom_op("couplings::short_potential", _solve, mutates_args=())
+_opaque_schur = torch.library.custom_op("couplings::schur_solve", _schur, mutates_args=())
+
+
+@_opaque_potential.register_fake
+def _(
+    cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, method: str, tolerance: float, iterations: int
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(p), torch.empty_like(epsilon, dtype=torch.int64)
+
+
+@_opaque_schur.register_fake
+def _(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
+    return torch.empty_like(right)
