@@ -162,8 +162,8 @@ def dense(quick: bool) -> Iterator[Setting]:
 
 @case("dense_scales", "Dense transport where Sinkhorn stalls: 64 .. 1024, score standard deviation up to 100")
 def dense_scales(quick: bool) -> Iterator[Setting]:
-    """float64, cost = -scores, epsilon = 1, solved to the default tolerance, 1e-9. The error of the loop is what 1000 sweeps leave: Newton is
-    needed where it is above 1e-4.
+    """float64, cost = -scores, epsilon = 1, ours to its default tolerance, 1e-9. The error of the loop is what 1000
+    sweeps leave: Newton is needed where it is above 1e-4.
     """
     for n in (64, 256) if quick else (64, 256, 1024):
         for deviation in (5, 20, 50, 100):
