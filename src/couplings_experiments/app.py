@@ -6,7 +6,7 @@ import subprocess
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -37,14 +37,15 @@ DatasetName = Enum("DatasetName", {name: name for name in DATASETS}, type=str)  
 
 @app.command()
 def reproduce(
-    names: Annotated[Optional[list[str]], typer.Argument(help="Which experiments; none: all of them.")] = None,
+    names: Annotated[list[str] | None, typer.Argument(help="Which experiments; none: all of them.")] = None,
     preset: Annotated[
-        Optional[Preset], typer.Option(help="smoke: seconds; quick (default): a minute each; full: all seeds.")
+        Preset | None,
+        typer.Option(help="smoke: seconds; quick (default): a minute each; full: all seeds."),
     ] = None,
-    seeds: Annotated[Optional[int], typer.Option(min=1, help="How many seeds, instead of the preset's.")] = None,
-    data_dir: Annotated[Optional[Path], typer.Option(help="Where MNIST, Fashion-MNIST or CIFAR-10 lie.")] = None,
-    dataset: Annotated[Optional[DatasetName], typer.Option(help="What to train on; default: digits.")] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu (default), cuda, cuda:1, ...")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds, instead of the preset's.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where MNIST, Fashion-MNIST or CIFAR-10 lie.")] = None,
+    dataset: Annotated[DatasetName | None, typer.Option(help="What to train on; default: digits.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:1, ...")] = None,
     out: Annotated[Path, typer.Option(help="Directory of the report, and of an unfinished run.")] = _OUT,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in --out.")] = False,
 ) -> None:
@@ -106,8 +107,12 @@ def bench(context: typer.Context) -> None:
     """Run the benchmarks of a source checkout; all arguments go to `python -m benchmarks`."""
     checkout = Path.cwd()
     if not (checkout / "benchmarks" / "__main__.py").is_file():
-        raise UserError("benchmarks are part of the source, not of the package: run this in a checkout of couplings.")
-    raise typer.Exit(subprocess.run([sys.executable, "-m", "benchmarks", *context.args], check=False).returncode)
+        raise UserError(
+            "benchmarks are part of the source, not of the package: run this in a checkout of couplings."
+        )
+    raise typer.Exit(
+        subprocess.run([sys.executable, "-m", "benchmarks", *context.args], check=False).returncode
+    )
 
 
 @app.command()

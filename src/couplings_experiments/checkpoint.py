@@ -84,7 +84,9 @@ def restore_optimiser(
         kind, _, rest = name.partition(".")
         if kind == "optimiser":
             index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor.clone()  # clone: freshly aligned memory, as torch makes it
+            state.setdefault(int(index), {})[key] = (
+                tensor.clone()
+            )  # clone: freshly aligned memory, as torch makes it
     optimiser.load_state_dict({"state": state, "param_groups": described["groups"]})
 
 

@@ -23,8 +23,8 @@ def describe() -> dict[str, str]:
         "Python": f"{platform.python_version()} ({platform.python_implementation()})",
         **{name: found for name in _PACKAGES if (found := version(name))},
         "System": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "Processor": f"{_processor()}, {os.cpu_count()} cores, instructions up to {torch.backends.cpu.get_cpu_capability()}",
-        "Threads": f"{torch.get_num_threads()} within an operation, {torch.get_num_interop_threads()} between operations",
+        "Processor": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "Threads": f"{torch.get_num_threads()} within an operation, {torch.get_num_interop_threads()} between",
         "Devices": ", ".join(devices()),
         "Kernels": kernels(),
     }
@@ -32,9 +32,8 @@ def describe() -> dict[str, str]:
 
 def devices() -> list[str]:
     """Every device that --device accepts here."""
-    found = ["cpu"]
-    for index in range(torch.cuda.device_count()):
-        found.append(f"cuda:{index} ({torch.cuda.get_device_name(index)})")
+    cards = range(torch.cuda.device_count())
+    found = ["cpu", *(f"cuda:{index} ({torch.cuda.get_device_name(index)})" for index in cards)]
     if torch.backends.mps.is_available():
         found.append("mps")
     return found

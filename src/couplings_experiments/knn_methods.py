@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 
-import couplings as cp
 import torch
-from couplings.losses import knn_loss, knn_predict
 from torch import Tensor, nn
 
+import couplings as cp
+from couplings.losses import knn_loss, knn_predict
 from couplings_experiments.data import Split
 from couplings_experiments.models import ResNet18, TwoLayerConv
 
 NEIGHBOURS = 9  # the paper's k
+ENTROPIC_SORT_EPSILON = 1e-2  # of the entropic sort where nothing was chosen: its costs lie in [0, 1]
 CODE = 50  # width of the autoencoder's code, and number of principal components
 
 
@@ -31,7 +32,7 @@ def knn_accuracy(train: Tensor, train_labels: Tensor, held: Tensor, held_labels:
 class NeighbourMethod:
     """The network alone, trained so that a query's k nearest templates carry its label; classifies by plain k-NN."""
 
-    def __init__(self, trunk: TwoLayerConv | ResNet18, method: str, epsilon: float | None) -> None:
+    def __init__(self, trunk: TwoLayerConv | ResNet18, method: str, epsilon: float | None = None) -> None:
         self.module: nn.Module = trunk
         self.method = method
         self.epsilon = epsilon
@@ -41,7 +42,9 @@ class NeighbourMethod:
         count = len(queries)
         features = self.module(torch.cat([queries.images, templates.images]))
         if self.method == "entropic-sort":
-            return _sorting_loss(features, queries.labels, templates.labels, self.epsilon)
+            return _sorting_loss(
+                features, queries.labels, templates.labels, self.epsilon or ENTROPIC_SORT_EPSILON
+            )
         return knn_loss(
             features[:count],
             features[count:],
@@ -59,7 +62,9 @@ class NeighbourMethod:
 
     def accuracy(self, train: Split, held: Split) -> float:
         """Of plain k-NN on the features."""
-        return knn_accuracy(self.features(train.images), train.labels, self.features(held.images), held.labels)
+        return knn_accuracy(
+            self.features(train.images), train.labels, self.features(held.images), held.labels
+        )
 
 
 class Autoencoder:
@@ -84,7 +89,9 @@ class Autoencoder:
 
     def accuracy(self, train: Split, held: Split) -> float:
         """Of plain k-NN on the codes."""
-        return knn_accuracy(self.features(train.images), train.labels, self.features(held.images), held.labels)
+        return knn_accuracy(
+            self.features(train.images), train.labels, self.features(held.images), held.labels
+        )
 
 
 class Classifier:
@@ -125,4 +132,5 @@ def _sorting_loss(features: Tensor, query_labels: Tensor, template_labels: Tenso
     plan = cp.solve(cost, epsilon=epsilon, on_fail="ignore").plan()
     nearest = total * plan[..., :NEIGHBOURS].sum(-1)
     agree = query_labels.unsqueeze(-1) == template_labels
-    return -(nearest * agree).sum(-1).mean()
+    loss: Tensor = -(nearest * agree).sum(-1).mean()
+    return loss

@@ -67,7 +67,7 @@ class Choice:
     epsilon: float | None = None
 
 
-# Chosen on digits' validation images by `couplings reproduce knn-search --preset full`; see SEARCH_NOTE.
+# Chosen on digits' validation images by `couplings reproduce knn-search --preset full`, which see.
 DIGITS = {
     "autoencoder": Choice(0.1),
     "classifier": Choice(0.1),
@@ -85,7 +85,6 @@ PAPER = {
     "cifar10": {**{name: Choice(1e-3, None) for name in TRAINED}, "soft": Choice(1e-3, 3e-3)},
 }
 PAPER["fashion-mnist"] = PAPER["mnist"]
-ENTROPIC_SORT_EPSILON = 1e-2  # of the entropic plan where nothing was chosen: its cost lies in [0, 1]
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,11 @@ class Plan:
     limit: int | None = None
 
 
-_DIGITS = Optimisation(epochs=40, schedule="cosine")
+_DIGITS = Optimisation(epochs=15, schedule="cosine")
 _PAPER = Optimisation(epochs=200)
 PLANS = {
     ("digits", "smoke"): Plan(1, replace(_DIGITS, epochs=2, steps=2)),
-    ("digits", "quick"): Plan(1, replace(_DIGITS, epochs=20)),
+    ("digits", "quick"): Plan(1, replace(_DIGITS, epochs=5)),
     ("digits", "full"): Plan(5, _DIGITS),
     ("mnist", "smoke"): Plan(1, replace(_PAPER, epochs=1, steps=2), limit=400),
     ("mnist", "quick"): Plan(1, replace(_PAPER, epochs=3), limit=2000),
@@ -129,6 +128,12 @@ def data_for(context: Context, seed: int, limit: int | None) -> Dataset:
     return load(request.dataset, folder, seed, limit).to(context.device)
 
 
+def use_threads(data: Dataset) -> None:
+    """One thread where the images are tiny: more would mostly wait, the longer the busier the machine."""
+    if data.train.images[0].numel() < 500:
+        torch.set_num_threads(1)
+
+
 def build(name: str, choice: Choice, data: Dataset, seed: int) -> TrainedMethod:
     """A freshly initialised method; the same seed gives every method the same initial network."""
     shape = tuple(data.train.images.shape[1:])
@@ -139,7 +144,4 @@ def build(name: str, choice: Choice, data: Dataset, seed: int) -> TrainedMethod:
             return Autoencoder(network, shape)
         if name == "classifier":
             return Classifier(network, data.classes)
-        epsilon = choice.epsilon
-        if epsilon is None and name == "cuturi":
-            epsilon = ENTROPIC_SORT_EPSILON
-        return NeighbourMethod(network, OPERATOR[name], epsilon)
+        return NeighbourMethod(network, OPERATOR[name], choice.epsilon)

@@ -18,7 +18,9 @@ WORK = "work"  # the unfinished run inside --out; gone when the run is finished
 _PATIENCE = 30.0
 
 
-def reproduce(request: Request, out: Path, *, resume: bool, progress: Progress, given: frozenset[str]) -> Path | None:
+def reproduce(
+    request: Request, out: Path, *, resume: bool, progress: Progress, given: frozenset[str]
+) -> Path | None:
     """Run what ``request`` asks for and write ``results.json`` and ``index.html`` into ``out``.
 
     Args:
@@ -76,7 +78,9 @@ def _reproduce(
         clock.store()
         raise
     except UserError:
-        if stored is None and not any(work.glob("*/*.json")):  # wrong --data-dir and the like: nothing to continue
+        if stored is None and not any(
+            work.glob("*/*.json")
+        ):  # wrong --data-dir and the like: nothing to continue
             shutil.rmtree(work)
         raise
     write_json(

@@ -118,7 +118,7 @@ def train(
             met = others[torch.randperm(len(others), generator=randomness.batches)[:templates]]
             loss = method.loss(_take(data.train, chosen), _take(data.train, met), randomness.noise)
             optimiser.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             losses.append(loss.detach())
         mean = float(torch.stack(losses).double().mean())

@@ -72,7 +72,9 @@ class _Unpickler(pickle.Unpickler):
         try:
             return _ALLOWED[module, name]
         except KeyError:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a data file has no use for") from None
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, which a data file has no use for"
+            ) from None
 
 
 def read_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -99,7 +101,9 @@ def read_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]
         UnicodeError,
         RecursionError,
     ) as error:
-        raise UserError(f"{path} was refused: {error or type(error).__name__}. Fetch it again.") from None
+        raise UserError(
+            f"{path} was refused: {str(error) or type(error).__name__}. Fetch it again."
+        ) from None
     images, labels = (
         (content.get(key, content.get(key.decode())) if isinstance(content, dict) else None)
         for key in (b"data", b"labels")
@@ -113,5 +117,7 @@ def read_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]
         or len(labels) != len(images.array)
         or not all(type(label) is int and 0 <= label < 10 for label in labels)
     ):
-        raise UserError(f"{path} is not a CIFAR-10 batch: expected data (n, 3072) and n labels 0..9. Fetch it again.")
+        raise UserError(
+            f"{path} is not a CIFAR-10 batch: expected data (n, 3072) and n labels 0..9. Fetch it again."
+        )
     return images.array.reshape(-1, 3, 32, 32), np.asarray(labels, dtype=np.int64)

@@ -33,11 +33,15 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             shape = struct.unpack(f">{dimensions}I", header[4:])
             size = math.prod(shape)
             if size > _LIMIT:
-                raise UserError(f"{path} claims {size} bytes of data, more than any set known here. Fetch it again.")
+                raise UserError(
+                    f"{path} claims {size} bytes of data, more than any set known here. Fetch it again."
+                )
             content = file.read(size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path} is truncated or not gzip ({error}). Fetch it again.") from None
     if len(content) != size:
         came = f"only {len(content)} bytes" if len(content) < size else "more bytes"
-        raise UserError(f"{path} is damaged: its header states {size} bytes of data, {came} came. Fetch it again.")
+        raise UserError(
+            f"{path} is damaged: its header states {size} bytes of data, {came} came. Fetch it again."
+        )
     return np.frombuffer(content, dtype=np.uint8).reshape(shape)

@@ -58,12 +58,20 @@ class Dataset:
     def to(self, device: torch.device) -> Dataset:
         """The same on ``device``."""
         return replace(
-            self, train=self.train.to(device), validation=self.validation.to(device), test=self.test.to(device)
+            self,
+            train=self.train.to(device),
+            validation=self.validation.to(device),
+            test=self.test.to(device),
         )
 
 
 _Raw = tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]
-_IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 def load(name: str, data_dir: Path | None, seed: int, limit: int | None = None) -> Dataset:
@@ -86,7 +94,11 @@ def load(name: str, data_dir: Path | None, seed: int, limit: int | None = None) 
     except OSError as error:
         raise UserError(f"cannot read {name}: {error.strerror} ({error.filename}).") from None
     kept, held = _divide(rest[1], validation_share, seed)
-    cut = [len(kept), len(held), len(test[1])] if limit is None else [limit, max(limit // 5, 1), max(limit // 2, 1)]
+    cut = (
+        [len(kept), len(held), len(test[1])]
+        if limit is None
+        else [limit, max(limit // 5, 1), max(limit // 2, 1)]
+    )
     parts = [
         (rest[0][kept][: cut[0]], rest[1][kept][: cut[0]]),
         (rest[0][held][: cut[1]], rest[1][held][: cut[1]]),
@@ -96,7 +108,9 @@ def load(name: str, data_dir: Path | None, seed: int, limit: int | None = None) 
     mean = pixels.mean((0, 2, 3), keepdim=True)
     deviation = pixels.std((0, 2, 3), keepdim=True)
     splits = [
-        Split((torch.from_numpy(images.astype(np.float32) / scale) - mean) / deviation, torch.from_numpy(labels))
+        Split(
+            (torch.from_numpy(images.astype(np.float32) / scale) - mean) / deviation, torch.from_numpy(labels)
+        )
         for images, labels in parts
     ]
     return Dataset(name, *splits)
@@ -135,7 +149,9 @@ def _mnist(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
         path = next((path for path in paths if path.is_file()), None)
         if path is None:
             looked = ", ".join(str(place) for place in places)
-            raise UserError(f"{name}: {file} (or {file}.gz) is in none of {looked}. Put it there or change --data-dir.")
+            raise UserError(
+                f"{name}: {file} (or {file}.gz) is in none of {looked}. Put it there or change --data-dir."
+            )
         read.append(read_idx(path, dimensions))
     for images, labels in ((read[0], read[1]), (read[2], read[3])):
         if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
@@ -157,15 +173,22 @@ def _cifar(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
         raise UserError(f"{name}: {files[0]} is neither in {looked}. Unpack the python version there.")
     missing = [file for file in files if not (place / file).is_file()]
     if missing:
-        raise UserError(f"{name}: {', '.join(missing)} not found in {place}. Unpack the python version again.")
+        raise UserError(
+            f"{name}: {', '.join(missing)} not found in {place}. Unpack the python version again."
+        )
     read = [read_batch(place / file) for file in files]
-    train = np.concatenate([images for images, _ in read[:5]]), np.concatenate([labels for _, labels in read[:5]])
+    train = (
+        np.concatenate([images for images, _ in read[:5]]),
+        np.concatenate([labels for _, labels in read[:5]]),
+    )
     return train, read[5]
 
 
 def _needed(name: str, data_dir: Path | None) -> Path:
     if data_dir is None:
-        raise UserError(f"{name} is not shipped with anything and never downloaded: say where it is with --data-dir.")
+        raise UserError(
+            f"{name} is not shipped with anything and never downloaded: say where it is with --data-dir."
+        )
     if not data_dir.is_dir():
         raise UserError(f"--data-dir {data_dir} is not a directory.")
     return data_dir

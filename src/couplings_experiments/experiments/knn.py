@@ -9,21 +9,28 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from sklearn.decomposition import PCA  # type: ignore[import-untyped]
-from sklearn.manifold import TSNE  # type: ignore[import-untyped]
+from sklearn.decomposition import PCA
+from sklearn.manifold import TSNE
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 from torch import Tensor, from_numpy
 
 from couplings_experiments.data import Dataset
 from couplings_experiments.experiment import Context, Experiment
-from couplings_experiments.knn_methods import CODE, NEIGHBOURS, Classifier, knn_accuracy
-from couplings_experiments.knn_training import (
+from couplings_experiments.knn_methods import (
+    CODE,
     ENTROPIC_SORT_EPSILON,
+    NEIGHBOURS,
+    Classifier,
+    knn_accuracy,
+)
+from couplings_experiments.knn_training import (
     ROWS,
     TRAINED,
     build,
     choices_for,
     data_for,
     plan_for,
+    use_threads,
 )
 from couplings_experiments.report.blocks import Block, Figure, Heading, Paragraph, Table
 from couplings_experiments.report.figures import COLOURS, FAINT, drawing
@@ -40,6 +47,7 @@ def run(context: Context) -> dict[str, Any]:
     seeds = range(context.request.seeds or plan.seeds)
     epochs = plan.optimisation.epochs
     data = data_for(context, 0, plan.limit)  # before anything else: complains if there is none
+    use_threads(data)
     context.progress.expect(len(seeds) * (2 + epochs * sum(TRAINED.values())))
     units: dict[str, list[dict[str, Any]]] = {row.unit: [] for row in ROWS}
     for seed in seeds:
@@ -91,7 +99,7 @@ def _unit(context: Context, data: Dataset, name: str, seed: int) -> dict[str, An
         rows = {name: method.accuracy(data.train, data.test)}
         if isinstance(method, Classifier):
             rows = {"cross-entropy": rows[name], "pretrained": _knn(data, method.features)}
-        result = {"test": rows, "history": history}
+        result: dict[str, Any] = {"test": rows, "history": history}
         if name == "soft" and seed == 0:
             result |= {
                 "map": _flat_map(method.features(data.test.images[:MAPPED])),
@@ -129,7 +137,8 @@ def _flat_map(features: Tensor) -> list[list[float]]:
     """Two coordinates for each row by t-SNE, which keeps neighbours together."""
     points = features.double().cpu().numpy()
     perplexity = min(30.0, (len(points) - 1) / 3)
-    flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(points)
+    with threadpool_limits(1):  # two busy threads on a busy machine take ten times as long as one
+        flat = TSNE(2, perplexity=perplexity, init="pca", random_state=0, max_iter=500).fit_transform(points)
     return [[round(float(x), 2), round(float(y), 2)] for x, y in flat]
 
 
@@ -239,10 +248,17 @@ def _table(result: dict[str, Any]) -> Table:
     )
     return Table(
         caption=f"Test accuracy in percent, k = {result['neighbours']}",
-        header=("Method", "paper, MNIST", "paper, CIFAR-10", f"ours, {result['dataset']}", "against SOFT, paired"),
+        header=(
+            "Method",
+            "paper, MNIST",
+            "paper, CIFAR-10",
+            f"ours, {result['dataset']}",
+            "against SOFT, paired",
+        ),
         rows=rows,
         note=(
-            f"Ours: {spread}; {sizes['train']} training, {sizes['validation']} validation and {sizes['test']} test images. "
+            f"Ours: {spread}; {sizes['train']} training, {sizes['validation']} validation and {sizes['test']} test "
+            "images. "
             "The test images are the same for all seeds and were used once per trained model; seeds change the "
             "division into training and validation, the initial network and the batches. The paper's figures are for "
             "other data sets and larger training sets: compare orders, not values. kNN + pretrained CNN is plain k-NN "
@@ -271,8 +287,12 @@ def _curves(result: dict[str, Any]) -> Figure:
                 place.plot(range(1, len(values) + 1), values, color=FAINT, linewidth=0.6, alpha=0.45)
             values = mean[name]
             epochs = range(1, values.shape[1] + 1)
-            place.fill_between(epochs, values.min(0), values.max(0), color=COLOURS[0], alpha=0.25, linewidth=0)
-            place.plot(epochs, values.mean(0), color=COLOURS[0], linewidth=1.9, marker="o" if len(epochs) < 3 else "")
+            place.fill_between(
+                epochs, values.min(0), values.max(0), color=COLOURS[0], alpha=0.25, linewidth=0
+            )
+            place.plot(
+                epochs, values.mean(0), color=COLOURS[0], linewidth=1.9, marker="o" if len(epochs) < 3 else ""
+            )
             place.set_title(UNIT_LABELS[name])
             place.set_ylim(low, 100.2 if low > 50 else 102)
         for place in axes[:, 0]:
@@ -299,12 +319,16 @@ def _draw_map(result: dict[str, Any]) -> Figure:
     purity = {name: _purity(np.asarray(data[name]), labels) for name in ("pixels", "soft")}
     with drawing("map", 7.8, 4.0) as (canvas, out):
         axes = canvas.subplots(1, 2)
-        for place, name, title in zip(axes, ("pixels", "soft"), ("pixels", "features learned by SOFT"), strict=True):
+        for place, name, title in zip(
+            axes, ("pixels", "soft"), ("pixels", "features learned by SOFT"), strict=True
+        ):
             points = np.asarray(data[name])
             for label in np.unique(labels):
                 group = points[labels == label]
                 colour = _CLASS_COLOURS[int(label) % len(_CLASS_COLOURS)]
-                place.scatter(group[:, 0], group[:, 1], s=26, marker=f"${label}$", color=colour, linewidths=0.1)
+                place.scatter(
+                    group[:, 0], group[:, 1], s=26, marker=f"${label}$", color=colour, linewidths=0.1
+                )
             place.set_title(title)
             place.set_axis_off()
     return Figure(
@@ -312,7 +336,7 @@ def _draw_map(result: dict[str, Any]) -> Figure:
         "Two-dimensional map (t-SNE) of the test images of the first seed, each drawn as its label. In the map of "
         f"the pixels {purity['pixels']:.1f} % of the points have a nearest neighbour of their own label, in that of "
         f"the learned features {purity['soft']:.1f} %.",
-        f"Two scatter plots of {len(labels)} test images, drawn as their labels, from pixels and from learned features.",
+        f"Two scatter plots of {len(labels)} test images, drawn as labels, from pixels and from learned features.",
     )
 
 
@@ -346,11 +370,14 @@ def _settings(result: dict[str, Any]) -> list[Block]:
             selects = name not in ("autoencoder", "classifier")
             epsilon = (ENTROPIC_SORT_EPSILON if name == "cuturi" else "default") if selects else "–"
         seconds = result["seconds"][name]
-        rows.append((UNIT_LABELS[name], f"{choice['learning_rate']:g}", f"{epsilon}", f"{fmean(seconds):.1f}"))
+        rows.append(
+            (UNIT_LABELS[name], f"{choice['learning_rate']:g}", f"{epsilon}", f"{fmean(seconds):.1f}")
+        )
     return [
         Paragraph(
-            f"SGD with momentum {used['momentum']:g} and weight decay {used['weight_decay']:g}{decay}; {used['epochs']} "
-            f"epochs of {used['queries']} queries and {used['templates']} templates a step, drawn so that no query is "
+            f"SGD with momentum {used['momentum']:g} and weight decay {used['weight_decay']:g}{decay}; "
+            f"{used['epochs']} epochs of {used['queries']} queries and {used['templates']} templates a step, "
+            "drawn so that no query is "
             f"its own template; one network architecture, identically initialised for every method. {how}"
         ),
         Table(

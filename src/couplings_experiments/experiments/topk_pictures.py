@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import couplings as cp
 import numpy as np
 import torch
 from torch import Tensor
 
+import couplings as cp
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.report.blocks import Block, Figure, Heading, Paragraph
 from couplings_experiments.report.figures import COLOURS, FAINT, INK, MAP, drawing
@@ -36,7 +36,9 @@ def run(context: Context) -> dict[str, Any]:
         "sorted_plans": [_sorted_plan(example, 2, epsilon).tolist() for epsilon in PLAN_EPSILONS],
         "gaussian": {
             "scores": gaussian.tolist(),
-            "soft": [cp.soft_topk_mask(gaussian, 5, largest=False, epsilon=e).tolist() for e in GAUSSIAN_EPSILONS],
+            "soft": [
+                cp.soft_topk_mask(gaussian, 5, largest=False, epsilon=e).tolist() for e in GAUSSIAN_EPSILONS
+            ],
         },
         "arrows": [_arrows(chosen) for chosen in ([0, 1, 2], [2, 3, 4])],
     }
@@ -109,7 +111,7 @@ def _steps(data: dict[str, Any]) -> Figure:
         out[-1],
         "Weight of each of 101 evenly spaced scores among the 50 smallest, exact and soft. Small epsilon hugs the "
         "step, large epsilon spreads the decision over all scores.",
-        "Line chart: a step from 1 to 0 in the middle, and three smooth curves around it that flatten as epsilon grows.",
+        "Line chart: a step from 1 to 0 in the middle, and three smooth curves that flatten as epsilon grows.",
     )
 
 
@@ -123,9 +125,13 @@ def _plans(result: dict[str, Any]) -> Figure:
                 shown = np.asarray(plan)
                 place.imshow(shown, aspect="auto", cmap=MAP, vmin=0, vmax=1)
                 for (i, j), value in np.ndenumerate(shown):
-                    place.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=_on_map(value))
+                    place.text(
+                        j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=_on_map(value)
+                    )
                 place.set_xticks(range(len(labels)), labels)
-                place.set_yticks(range(len(EXAMPLE)), [f"{score:g}" for score in EXAMPLE] if column == 0 else [])
+                place.set_yticks(
+                    range(len(EXAMPLE)), [f"{score:g}" for score in EXAMPLE] if column == 0 else []
+                )
                 place.tick_params(length=0)
                 place.spines[:].set_visible(False)
                 what = "5 smallest" if row == 0 else "2 smallest, sorted"
@@ -158,7 +164,9 @@ def _gaussian(data: dict[str, Any]) -> Figure:
         for column, (soft, epsilon) in enumerate(zip(data["soft"], GAUSSIAN_EPSILONS, strict=True)):
             weights = np.asarray(soft)
             upper, lower = axes[:, column]
-            upper.imshow(np.stack([weights[order], 1 - weights[order]]), aspect="auto", cmap=MAP, vmin=0, vmax=1)
+            upper.imshow(
+                np.stack([weights[order], 1 - weights[order]]), aspect="auto", cmap=MAP, vmin=0, vmax=1
+            )
             upper.set_title(f"epsilon {epsilon:g}")
             upper.set_yticks([0, 1], ["in", "out"] if column == 0 else [])
             upper.set_xticks([])
@@ -214,14 +222,26 @@ def _arrow_row(place: Any, arrow: dict[str, Any], scale: float) -> None:
     for score, value in enumerate(arrow["gradient"]):
         chosen = score in arrow["chosen"]
         place.scatter(
-            [score], [0], s=60, zorder=3, linewidths=1.4, edgecolors=COLOURS[0], color=COLOURS[0] if chosen else "#ffffff"
+            [score],
+            [0],
+            s=60,
+            zorder=3,
+            linewidths=1.4,
+            edgecolors=COLOURS[0],
+            color=COLOURS[0] if chosen else "#ffffff",
         )
         if abs(value * scale) > 0.03:
             place.annotate(
                 "",
                 (score + value * scale, 0.55),
                 (score, 0.55),
-                arrowprops={"arrowstyle": "-|>", "color": COLOURS[1], "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0},
+                arrowprops={
+                    "arrowstyle": "-|>",
+                    "color": COLOURS[1],
+                    "linewidth": 1.8,
+                    "shrinkA": 0,
+                    "shrinkB": 0,
+                },
             )
     place.set_ylim(-0.5, 1)
     place.set_xlim(-0.9, 9.9)

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -17,7 +18,7 @@ INK = "#010203"  # stands for the page's text colour
 FAINT = "#8c8c8c"
 MAP = "viridis"
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -51,7 +52,9 @@ def drawing(name: str, width: float, height: float) -> Iterator[tuple[Figure, li
         FigureCanvasSVG(figure)
         yield figure, out
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     out.append(_inline(buffer.getvalue(), name))
 
 
@@ -63,4 +66,6 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'xlink:href="#', f'xlink:href="#{name}-', svg)
     svg = svg.replace(INK, "currentColor")
     # the viewBox keeps the proportions; the page decides the size
-    return re.sub(r'<svg([^>]*?) width="[^"]*"', r"<svg\1", re.sub(r' height="[\d.]+pt"', "", svg, count=1), count=1)
+    return re.sub(
+        r'<svg([^>]*?) width="[^"]*"', r"<svg\1", re.sub(r' height="[\d.]+pt"', "", svg, count=1), count=1
+    )

@@ -26,7 +26,9 @@ def write_report(out: Path) -> Path:
     if results is None:
         raise UserError(f"no results in {path}. Run: couplings reproduce --out {out}")
     if not isinstance(results, dict) or results.get("format") != FORMAT:
-        raise UserError(f"{path} was written by another version of couplings. Run: couplings reproduce --out {out}")
+        raise UserError(
+            f"{path} was written by another version of couplings. Run: couplings reproduce --out {out}"
+        )
     page = out / "index.html"
     write_atomic(page, render(results).encode())
     return page
