@@ -39,6 +39,8 @@ def describe() -> dict[str, str]:
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": f"{processor()}, {cores} cores",
         "threads": str(torch.get_num_threads()),
+        # well above the number of threads: somebody else was computing, and the times are not to be quoted
+        "load": f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown",
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
