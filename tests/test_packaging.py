@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import couplings
 
@@ -108,3 +109,9 @@ def test_changelog_and_citation_name_the_version():
     version = importlib.metadata.version("couplings")
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
     assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_uninitialised_memory_is_poisoned():
+    """What conftest.py sets up: an operator that reads what it never wrote returns NaN here."""
+    for memory in (torch.empty(3), torch.empty_like(torch.zeros(3)), torch.zeros(2).new_empty(3)):
+        assert memory.isnan().all()
