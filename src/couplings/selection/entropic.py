@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from couplings.selection.rows import Real, Rows, logit_scale
+from couplings.transport.cuts import hard_cuts, sorted_plan
 from couplings.transport.threshold import hard_cut, soft_threshold
 
 
@@ -29,5 +30,13 @@ def mask(rows: Rows, k: int | Tensor, epsilon: Real) -> Tensor:
 
 
 def indicators(rows: Rows, k: int, epsilon: Real) -> Tensor:
-    """Plan between the scores and the targets 0..k, (*batch, k, n): each row sums to 1."""
-    raise NotImplementedError
+    """Conditional plan between the points and the targets 0..k, without the last, (*batch, k, n): rows sum to 1.
+
+    With k = n the last target is empty and is dropped.
+    """
+    scale = logit_scale(rows, epsilon, 2.0)
+    points = -rows.x  # rising, so that the largest score meets target 0
+    count = min(k, rows.x.shape[-1] - 1)
+    gaps = rows.x.new_ones((*rows.x.shape[:-1], count))
+    plan = sorted_plan(points, scale, gaps, None, None, rows.mask, hard_cuts(points, count, rows.mask))
+    return plan[..., :k, :]

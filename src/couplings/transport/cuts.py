@@ -1,0 +1,334 @@
+"""Sorted targets: one unknown per cut between neighbouring targets, Newton on the log balances of all cuts at once.
+
+Points x_i, targets y_0 < .. < y_k, cost (x - y)^2. The conditional plan pi_j(i) = P(target j | point i) follows from
+
+    d_j(i) = log pi_j(i) / pi_(j-1)(i) = scale (y_j - y_(j-1)) (x_i - centre_j) + theta_j,    j = 1..k
+
+(README.md, "Sorted targets"). The points nearest the cuts (the head) are worked out cut by cut in float64; all others
+lie above every cut, share one exponential per target, and cost two matrix products per Newton step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from couplings._rowwise import vmap_rows
+from couplings.transport.threshold import midpoint
+
+PASSES = 24
+"""Most evaluations; 10 is the most that any tested row needed."""
+
+
+class HardCuts(NamedTuple):
+    """The plan at epsilon = 0.
+
+    Attributes:
+        head: (*batch, t) indices of the t smallest points, rising; every other point lies above all cuts.
+        share: (*batch, k, t) part of each head point's mass that lies above cut j.
+        centre: (*batch, k) a value in the gap that cut j falls into.
+        edge: (*batch, 1) the smallest point outside the head (any value where there is none).
+        active: (*batch, k) bool, False for a cut with no mass above it: its target gets none.
+    """
+
+    head: Tensor
+    share: Tensor
+    centre: Tensor
+    edge: Tensor
+    active: Tensor
+
+
+def hard_cuts(x: Tensor, cuts: int, mask: Tensor | None) -> HardCuts:
+    """Cuts after the 1st, 2nd, .., ``cuts``-th smallest point of each row.
+
+    Args:
+        x: (*batch, n), finite where masked.
+        cuts: their number, in [0, n - 1].
+        mask: (*batch, n) bool or None.
+    """
+    x = x.detach()
+    if mask is not None:
+        x = x.masked_fill(~mask, math.inf)
+    value, index = x.topk(cuts + 1, dim=-1, largest=False)
+    below, above = value[..., :-1], value[..., 1:]
+    centre = midpoint(below, above)
+    rank = torch.arange(cuts, device=x.device)
+    share = (rank > rank.unsqueeze(-1)).to(x.dtype).expand(*x.shape[:-1], cuts, cuts)
+    active = ~torch.isposinf(above)
+    return HardCuts(
+        index[..., :-1],
+        share,
+        centre.masked_fill(torch.isposinf(centre), 0),
+        value[..., -1:].masked_fill(torch.isposinf(value[..., -1:]), 0),
+        active,
+    )
+
+
+def hard_cuts_weighted(x: Tensor, upto: Tensor, weights: Tensor) -> HardCuts:
+    """Cuts after the cumulative weights ``upto`` (*batch, k), rising; weights (*batch, n) are 0 where masked."""
+    x, weights, upto = x.detach(), weights.detach().double(), upto.detach().double()
+    key = x.masked_fill(weights == 0, math.inf)
+    value, head = torch.sort(key, dim=-1, stable=True)
+    n = value.shape[-1]
+    weight = weights.gather(-1, head)
+    total = weight.cumsum(-1)
+    before = total - weight
+    safe = torch.where(weight > 0, weight, 1.0)
+    share = 1 - ((upto.unsqueeze(-1) - before.unsqueeze(-2)) / safe.unsqueeze(-2)).clamp(0, 1)
+    at = (total.unsqueeze(-2) < upto.unsqueeze(-1)).sum(-1).clamp(max=n - 1)
+    low, high = value.gather(-1, at), value.gather(-1, (at + 1).clamp(max=n - 1))
+    split = share.gather(-1, at.unsqueeze(-1)).squeeze(-1) > 0
+    centre = torch.where(split, low, midpoint(high, low).where(~high.isinf(), low))
+    active = (share * weight.unsqueeze(-2)).sum(-1) > 0
+    centre = centre.masked_fill(centre.isinf(), 0)
+    return HardCuts(head, share.to(x.dtype), centre, x.new_zeros((*x.shape[:-1], 1)), active)
+
+
+def sorted_plan(
+    x: Tensor,
+    scale: Tensor,
+    gaps: Tensor,
+    upto: Tensor | None,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    cuts: HardCuts,
+) -> Tensor:
+    """The conditional plan between the points and k + 1 sorted targets.
+
+    Args:
+        x: (*batch, n), float32 or float64, finite where masked.
+        scale: (*batch, 1), 2 / epsilon in units of x.
+        gaps: (*batch, k), y_j - y_(j-1) > 0.
+        upto: (*batch, k), the weight below each cut, where its gradient is wanted; the one ``cuts`` was made with.
+        weights: (*batch, n), non-negative, or None.
+        mask: (*batch, n) bool or None.
+        cuts: from ``hard_cuts`` or ``hard_cuts_weighted``.
+
+    Returns:
+        pi, (*batch, k + 1, n): pi_j(i) = P(target j | point i), columns of valid points sum to 1, others are 0;
+        differentiable to any order in x, scale, gaps, upto and weights.
+    """
+    out: Tensor = _SortedPlan.apply(x, scale, gaps, upto, weights, mask, *cuts)
+    return out
+
+
+def conditional(d: Tensor) -> Tensor:
+    """pi (.., k + 1, n) from the log odds d (.., k, n): z_j = sum_{l<=j} min(d_l, 0) - sum_{l>j} max(d_l, 0) <= 0."""
+    rising = torch.nn.functional.pad(d.clamp(max=0).cumsum(-2), (0, 0, 1, 0))
+    positive = d.clamp(min=0)
+    falling = torch.nn.functional.pad(positive.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    return torch.softmax(rising - falling, -2)
+
+
+def tails(pi: Tensor) -> tuple[Tensor, Tensor]:
+    """P(J < j | i) and P(J >= j | i) for j = 1..k, each a sum of positive terms."""
+    return pi.cumsum(-2)[..., :-1, :], pi.flip(-2).cumsum(-2).flip(-2)[..., 1:, :]
+
+
+def _crossing(lower: Tensor, upper: Tensor) -> Tensor:
+    """sum_i lower_min(j,l)(i) upper_max(j,l)(i), (.., k, k), for arrays (.., k, n)."""
+    product = lower @ upper.mT
+    return product.triu() + product.triu(1).mT
+
+
+def _solve(
+    x: Tensor,
+    scale: Tensor,
+    gaps: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    head: Tensor,
+    share: Tensor,
+    centre: Tensor,
+    edge: Tensor,
+    active: Tensor,
+) -> Tensor:
+    """pi, (*batch, k + 1, n)."""
+    batch, n, k, t = x.shape[:-1], x.shape[-1], centre.shape[-1], head.shape[-1]
+    rows = batch.numel()
+    x, scale, gaps, centre, active = (
+        tensor.reshape(rows, -1) for tensor in (x, scale, gaps, centre, active)
+    )
+    head, share = head.reshape(rows, t), share.reshape(rows, k, t).double()
+    info = torch.finfo(x.dtype)
+    tolerance = 1e-3 if x.dtype == torch.float32 else 1e-6
+    floor = 1e-200
+    slopes = scale.double() * gaps.double()
+
+    valid = None if mask is None else mask.reshape(rows, n)
+    weight = x.new_ones((rows, t), dtype=torch.float64)
+    if weights is not None:
+        weight = weights.reshape(rows, n).gather(-1, head).double()
+    if valid is not None:
+        weight = weight * valid.gather(-1, head)
+    above, below = share * weight.unsqueeze(1), (1 - share) * weight.unsqueeze(1)
+    d_head = slopes.unsqueeze(-1) * (x.gather(-1, head).double().unsqueeze(1) - centre.double().unsqueeze(-1))
+    idle = ~active
+    d_head = d_head.masked_fill(idle.unsqueeze(-1), -math.inf)
+
+    rest = t < n
+    if rest:
+        # P(J = l | i) / P(J = k | i) = power_l(i) exp(log_odds_l), log_odds_l the log odds at the edge; power in [0, 1]
+        edge = edge.reshape(rows, 1)
+        low = math.log2(info.tiny) / 2 + 2  # squares and products stay normal
+        reach = gaps.flip(-1).cumsum(-1).flip(-1)  # y_k - y_l, l = 0..k-1
+        distance = (x - edge).mul_(scale * -math.log2(math.e)).scatter_(-1, head, -math.inf)
+        if valid is not None:
+            distance.masked_fill_(~valid, -math.inf)
+        power = torch.mul(distance.unsqueeze(1), reach.unsqueeze(-1)).clamp_(low, 0).exp2_()
+        torch.nn.functional.threshold_(power, 2**low * 1.01, 0.0)
+        d_edge = slopes * (edge.double() - centre.double())
+        lower = torch.ones(k, k, dtype=torch.bool, device=x.device).tril()
+        share_below = torch.empty_like(power)
+
+    identity = torch.eye(k, dtype=torch.float64, device=x.device)
+    theta = torch.zeros_like(slopes)
+    live = torch.ones((rows, 1), dtype=torch.bool, device=x.device)
+    best, best_error = theta, torch.full_like(theta[:, :1], math.inf)
+    look = x.device.type == "cpu"
+    for evaluation in range(PASSES + 1):
+        if evaluation == PASSES:
+            theta = torch.where(live, best, theta)
+        pi = conditional(d_head + theta.unsqueeze(-1))
+        lo, up = tails(pi)
+        up_mass, down_mass = (above * lo).sum(-1), (below * up).sum(-1)
+        if rest:
+            log_odds = -(d_edge + theta).masked_fill(idle, 0).flip(-1).cumsum(-1).flip(-1)
+            largest = log_odds.cummax(-1).values
+            mixing = torch.where(lower, (log_odds.unsqueeze(1) - largest.unsqueeze(-1)).exp(), 0.0)
+            unit = largest.clamp(-600, 600).exp()
+            torch.bmm(mixing.to(x.dtype), power, out=share_below)
+            # P(J = k | i) = 1 / (1 + unit_k share_below_k)
+            at_top = share_below[:, -1] * unit[:, -1:].clamp(max=info.max**0.5).to(x.dtype)
+            at_top = at_top.add_(1).reciprocal_()
+            share_below.mul_(at_top.unsqueeze(1))
+            rest_mass = share_below.sum(-1, dtype=torch.float64)
+            up_mass = up_mass + unit * rest_mass
+        balance = torch.log((down_mass + floor) / (up_mass + floor)).masked_fill(idle, 0)
+        error = balance.abs().amax(-1, keepdim=True) if k else best_error * 0
+        best = torch.where(error < best_error, theta, best)
+        best_error = torch.minimum(error, best_error)
+        if evaluation == PASSES or (look and not bool(live.any())):
+            break
+        inverse_up, inverse_down = 1 / (up_mass + floor), 1 / (down_mass + floor)
+        pull = above * inverse_up.unsqueeze(-1) + below * inverse_down.unsqueeze(-1)
+        slope = (lo * pull) @ up.mT
+        slope = slope.triu() + ((up * pull) @ lo.mT).tril(-1)
+        if rest:
+            overlap = torch.bmm(share_below, share_below.mT).double() * unit.unsqueeze(1)
+            spread = (rest_mass.unsqueeze(-1) - overlap).triu()
+            spread = (spread + spread.triu(1).mT) * torch.minimum(unit.unsqueeze(1), unit.unsqueeze(-1))
+            slope = slope + spread * inverse_up.unsqueeze(-1)
+        bare = idle | (slope.diagonal(dim1=-2, dim2=-1) < 1e-6)  # a cut that no soft mass crosses stays where it is
+        slope = torch.where(bare.unsqueeze(-1) | bare.unsqueeze(-2), identity, slope)
+        step = torch.linalg.solve_ex(slope, balance.unsqueeze(-1))[0].squeeze(-1)
+        # targets that get no mass yet make the matrix singular; then cut by cut
+        single = balance / slope.diagonal(dim1=-2, dim2=-1)
+        step = torch.where(step.isfinite().all(-1, keepdim=True), step, single).clamp(-8, 8)
+        step = step.masked_fill(bare, 0)
+        theta = torch.where(live, theta - step, theta)
+        live = live & (error > tolerance)
+
+    plan = x.new_empty((rows, k + 1, n))
+    if rest:
+        odds = log_odds.clamp(max=math.log(info.max) / 2).exp().to(x.dtype)
+        torch.mul(power.mul_(odds.unsqueeze(-1)), at_top.unsqueeze(1), out=plan[:, :k])
+        plan[:, k] = at_top
+    plan.scatter_(-1, head.unsqueeze(1).expand(rows, k + 1, t), pi.to(x.dtype))
+    if valid is not None:
+        plan.masked_fill_(~valid.unsqueeze(1), 0)
+    return plan.reshape(*batch, k + 1, n)
+
+
+_solve_op = torch.library.custom_op("couplings::sorted_plan", _solve, mutates_args=())
+
+
+@_solve_op.register_fake
+def _(
+    x: Tensor,
+    scale: Tensor,
+    gaps: Tensor,
+    weights: Tensor | None,
+    mask: Tensor | None,
+    head: Tensor,
+    share: Tensor,
+    centre: Tensor,
+    edge: Tensor,
+    active: Tensor,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], centre.shape[-1] + 1, x.shape[-1]))
+
+
+class _SortedPlan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        x: Tensor,
+        scale: Tensor,
+        gaps: Tensor,
+        upto: Tensor | None,
+        weights: Tensor | None,
+        mask: Tensor | None,
+        head: Tensor,
+        share: Tensor,
+        centre: Tensor,
+        edge: Tensor,
+        active: Tensor,
+    ) -> Tensor:
+        solve = _solve_op if torch.compiler.is_compiling() else _solve
+        plan: Tensor = solve(x, scale, gaps, weights, mask, head, share, centre, edge, active)
+        return plan
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, scale, gaps, _, weights, _, _, _, centre, _, _ = inputs
+        ctx.save_for_backward(x, scale, gaps, weights, centre, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiable in the output itself, hence to any order (README.md, "Gradient of sorted targets")."""
+        x, scale, gaps, weights, centre, pi = ctx.saved_tensors
+        lo, up = tails(pi)
+        direct = _covariance(pi, lo, up, grad)
+        weighted = up if weights is None else up * weights.unsqueeze(-2)
+        # H lambda = e, scaled to a unit diagonal by constants; a cut that no mass crosses decouples
+        pull = direct.sum(-1, dtype=torch.float64)
+        curvature = _crossing(lo.double(), weighted.double())
+        diagonal = curvature.detach().diagonal(dim1=-2, dim2=-1)
+        crossed = diagonal > torch.finfo(x.dtype).tiny ** 0.75
+        norm = torch.where(crossed, torch.where(crossed, diagonal, 1.0).rsqrt(), 0.0)
+        scaled = curvature * norm.unsqueeze(-1) * norm.unsqueeze(-2) + torch.diag_embed((~crossed).double())
+        price = norm * torch.linalg.solve_ex(scaled, (norm * pull).unsqueeze(-1))[0].squeeze(-1)
+        shift = _crossing_apply(lo, up, price.to(x.dtype).unsqueeze(-1))
+        log_odds_grad = direct - (shift if weights is None else shift * weights.unsqueeze(-2))
+        shared = (log_odds_grad * gaps.unsqueeze(-1)).sum(-2)
+        # log_odds_grad sums to 0 over a row, so any centre serves
+        offset = x - (centre[..., -1:] if centre.shape[-1] else x[..., :1]).detach()
+        scale_grad = (shared * offset).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
+        gaps_grad = upto_grad = weights_grad = None
+        if ctx.needs_input_grad[2]:
+            gaps_grad = (log_odds_grad * offset.unsqueeze(-2)).sum(-1) * scale
+        if ctx.needs_input_grad[3]:
+            upto_grad = -price.to(x.dtype)
+        if ctx.needs_input_grad[4]:
+            weights_grad = -(price.to(x.dtype).unsqueeze(-1) * up).sum(-2)
+        return shared * scale, scale_grad, gaps_grad, upto_grad, weights_grad, *(None,) * 6
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return vmap_rows(_SortedPlan, info, in_dims, args)
+
+
+def _crossing_apply(lo: Tensor, up: Tensor, price: Tensor) -> Tensor:
+    """sum_m lo_min(l,m)(i) up_max(l,m)(i) price_m, (.., k, n), each term as small as the mass that crosses its cut."""
+    from_below, from_above = price * lo, price * up
+    after = torch.nn.functional.pad(from_above[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
+    return up * from_below.cumsum(-2) + lo * after
+
+
+def _covariance(pi: Tensor, lo: Tensor, up: Tensor, values: Tensor) -> Tensor:
+    """Cov_i(1[J >= j], values_J), (.., k, n), without cancellation between equal values."""
+    below, above = tails(pi * values)
+    return lo * above - up * below
