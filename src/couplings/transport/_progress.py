@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ def any_true(flag: Tensor) -> bool:
 def all_true() -> Callable[[Tensor], bool]:
     """A loop's exit test: ``stop(done)``.
 
-    On a CPU it is ``done.all()``. On an accelerator the flag travels to the host in the background and the answer is
-    the latest one that has arrived: some steps late, never waiting. Items are frozen when they are done, so
-    the extra steps change no result.
+    On a CPU it is ``done.all()``. On an accelerator the flag travels to the host in the background and the answer
+    is the latest one that has arrived: some steps late, never waiting. Items are frozen when they are done, so the
+    extra steps change no result.
     """
-    pending: list[tuple[Tensor, torch.cuda.Event]] = []
+    pending: list[tuple[Tensor, Any]] = []
 
     def stop(done: Tensor) -> bool:
         if done.device.type == "cpu":
@@ -37,7 +38,7 @@ def all_true() -> Callable[[Tensor], bool]:
         if not pending:
             host = torch.empty((), dtype=torch.bool, pin_memory=True)
             host.copy_(done.all(), non_blocking=True)
-            event = torch.cuda.Event()
+            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             pending.append((host, event))
         return False

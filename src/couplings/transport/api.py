@@ -9,8 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from couplings._checks import bool_tensor, broadcastable, choice, describe, real_tensor, reject
-from couplings._checks import same_device, same_dtype
+from couplings._checks import (
+    bool_tensor,
+    broadcastable,
+    choice,
+    describe,
+    real_tensor,
+    reject,
+    same_device,
+    same_dtype,
+)
 from couplings._rowwise import seen
 from couplings.transport.coupling import Coupling, Status, act_on_failure
 from couplings.transport.implicit import RelativeValue, ShortPotential, density
@@ -20,7 +28,7 @@ SOLVERS = ("auto", "newton", "newton_cg", "sinkhorn")
 NEWTON_STEPS = 300
 SWEEPS = 10_000
 
-# Relative L1 residual: where the solver stops, and what it must reach to be CONVERGED, if no tolerance is given.
+# Relative L1 residual if no tolerance is given: where the solver stops, and what counts as CONVERGED.
 GOAL = {torch.float64: 1e-11, torch.float32: 1e-9}
 BAR = {torch.float64: 1e-9, torch.float32: 2e-6}
 # Relative difference of the masses of a and b that is rounding of their dtype and not a mistake.
@@ -43,18 +51,18 @@ def solve(
     """Entropic optimal transport, solved to a certificate and differentiable to any order.
 
     Finds the plan ``P >= 0`` with row sums ``a`` and column sums ``b`` that minimises
-    ``<P, C> + epsilon * sum P (log P - 1)``, hence ``P_ij = exp((f_i + g_j - C_ij) / epsilon)`` (Cuturi, NeurIPS
-    2013). The default solver is an annealed Newton method on the semi-dual, see ``transport/README.md``.
+    ``<P, C> + epsilon * sum P (log P - 1)``, hence ``P_ij = exp((f_i + g_j - C_ij) / epsilon)`` (Cuturi, NeurIPS 2013,
+    arXiv 1306.0895). The default solver is an annealed Newton method on the semi-dual, see ``transport/README.md``.
 
     Args:
-        cost: ``(*batch, n, m)`` float64, float32, float16 or bfloat16, in the units of ``epsilon``. ``+inf`` forbids
-            a pair.
+        cost: ``(*batch, n, m)`` float64, float32, float16 or bfloat16, in the units of ``epsilon``. ``+inf``
+            forbids a pair.
         a: Row masses ``(*batch, n)``, non-negative, in the dtype of ``cost``; None is uniform over valid rows with
             sum 1.
         b: Column masses ``(*batch, m)``, of the same total; None likewise. They are rescaled to the exact sum of
             ``a``, which also fixes what a gradient with respect to a single mass means.
-        epsilon: Regularisation in cost units, positive: a float, or a tensor that broadcasts to ``batch``, through
-            which the gradient passes.
+        epsilon: Regularisation in cost units, positive: a float, or a tensor that broadcasts to ``batch``,
+            through which the gradient passes.
         solver: ``"newton"`` (one dense factorisation of the shorter side a step), ``"newton_cg"`` (matrix-free),
             ``"auto"`` (by size: the former up to a shorter side of 256) or ``"sinkhorn"``.
         iterations: Only with ``solver="sinkhorn"``: exactly that many sweeps, rows first, from ``g = 0``; the
@@ -67,12 +75,12 @@ def solve(
             on the CPU in eager mode; elsewhere call :meth:`Coupling.check`.
 
     Returns:
-        A :class:`Coupling`. An item with NaN in it, or without a feasible plan, is NaN and says so in its status.
+        A :class:`Coupling`. An item with NaN in it, or known to have no plan, is NaN and its status says so.
 
     Raises:
         TypeError: A wrong type or dtype.
-        ValueError: A wrong shape, device or option; and, where values can be read (CPU, eager), negative masses,
-            masses that differ, or an epsilon that is not positive.
+        ValueError: A wrong shape, device or option; and, where values can be read (CPU, eager), negative
+            masses, masses that differ, or an epsilon that is not positive.
         RuntimeError: ``on_fail="raise"`` and an item did not converge.
 
     Example:
@@ -110,6 +118,7 @@ class _Problem:
     mass: Tensor  # (*batch,)
     nonfinite: Tensor  # (*batch,) bool
     infeasible: Tensor  # (*batch,) bool
+    plain: bool  # known to have finite costs and positive masses only
 
     @property
     def poison(self) -> Tensor:
@@ -202,17 +211,22 @@ def _prepare(
     if row_mask is not None or column_mask is not None:
         full = torch.where(rows[..., :, None] & columns[..., None, :], full, 0.0)
 
-    nonfinite = (full.isnan() | (full == -torch.inf)).any(-1).any(-1)
+    low, high = full.amin((-1, -2)), full.amax((-1, -2))  # NaN where there is one
+    nonfinite = ~(low > -torch.inf) | high.isnan()
     nonfinite = nonfinite | ~given_a.isfinite().all(-1) | ~given_b.isfinite().all(-1) | ~eps.isfinite()
     negative_a, negative_b = (given_a < 0).any(-1), (given_b < 0).any(-1)
     mass, mass_b = given_a.sum(-1), given_b.sum(-1)
     differ = (mass - mass_b).abs() > MASS_ROUNDING[cost.dtype] * torch.maximum(mass, mass_b)
     _check_values(negative_a, negative_b, differ & ~nonfinite, ~nonfinite & (eps <= 0), mass, mass_b, eps)
     nonfinite = nonfinite | (eps <= 0)
-    allowed = full < torch.inf
-    lost_row = (given_a > 0) & ~(allowed & (given_b > 0)[..., None, :]).any(-1)
-    lost_column = (given_b > 0) & ~(allowed & (given_a > 0)[..., :, None]).any(-2)
-    infeasible = negative_a | negative_b | differ | lost_row.any(-1) | lost_column.any(-1)
+    infeasible = negative_a | negative_b | differ
+    forbids = high == torch.inf
+    if seen(forbids) is not False:
+        # every mass needs an allowed partner; beyond that, infeasibility shows in the residual
+        allowed = full < torch.inf
+        lost_row = (given_a > 0) & ~(allowed & (given_b > 0)[..., None, :]).any(-1)
+        lost_column = (given_b > 0) & ~(allowed & (given_a > 0)[..., :, None]).any(-2)
+        infeasible = infeasible | lost_row.any(-1) | lost_column.any(-1)
 
     bad = nonfinite | infeasible
     given_a = torch.where(bad[..., None], 0.0, given_a)
@@ -221,8 +235,11 @@ def _prepare(
     nothing = mass == 0
     p = given_a / torch.where(nothing, 1.0, mass)[..., None]
     q = given_b / torch.where(nothing, 1.0, mass_b)[..., None]
+    if seen(bad) is not False:
+        full = torch.where(bad[..., None, None], 0.0, full)
+    zeros = (given_a == 0).any(-1) | (given_b == 0).any(-1)
     return _Problem(
-        cost=torch.where(bad[..., None, None], 0.0, full),
+        cost=full,
         p=p,
         q=q,
         a=given_a,
@@ -231,6 +248,7 @@ def _prepare(
         mass=mass,
         nonfinite=nonfinite,
         infeasible=infeasible & ~nonfinite,
+        plain=seen(forbids | bad | zeros) is False,
     )
 
 
@@ -241,7 +259,7 @@ def _mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 
 def _masses(given: Tensor | None, valid: Tensor, something: Tensor) -> Tensor:
-    """Masses in float64, zero where masked; the default is uniform, or zero if the other side has no valid entry."""
+    """Masses in float64, zero where masked; the default is uniform, or zero if the other side is empty."""
     if given is None:
         count = valid.sum(-1, keepdim=True).clamp_min(1)
         return (valid & something).to(torch.float64) / count
@@ -291,27 +309,30 @@ def _converged(
     p, q = (problem.q, problem.p) if turned else (problem.p, problem.q)
     epsilon = problem.epsilon
     cap = SWEEPS if solver == "sinkhorn" else NEWTON_STEPS
-    potential, steps = ShortPotential.apply(cost, p, q, epsilon, solver, goal, cap)
+    plain = problem.plain
+    potential, steps = ShortPotential.apply(  # type: ignore[no-untyped-call]
+        cost, p, q, epsilon, solver, goal, cap, plain
+    )
     poison = problem.poison
 
     def plan() -> Tensor:
-        _, _, kappa = density(cost, p, q, epsilon, potential)
+        _, _, kappa = density(cost, p, q, epsilon, potential, plain)
         out = p[..., :, None] * (q * problem.mass[..., None])[..., None, :] * kappa
         return _turn(out + poison[..., None, None], turned).to(work)
 
     def log_plan() -> Tensor:
-        y, log_z, _ = density(cost, p, q, epsilon, potential)
+        y, log_z, _ = density(cost, p, q, epsilon, potential, plain)
         log_mass = _masked_log(q * problem.mass[..., None])[..., None, :] + _masked_log(p)[..., :, None]
         idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
         out = (y - log_z[..., None, :] + log_mass).masked_fill(idle, -torch.inf)
         return _turn(out + poison[..., None, None], turned).to(work)
 
     def value() -> Tensor:
-        relative = RelativeValue.apply(cost, p, q, epsilon, potential)
+        relative = RelativeValue.apply(cost, p, q, epsilon, potential, plain)  # type: ignore[no-untyped-call]
         return _absolute(problem, relative) + poison
 
     def potentials() -> tuple[Tensor, Tensor]:
-        _, log_z, _ = density(cost, p, q, epsilon, potential)
+        _, log_z, _ = density(cost, p, q, epsilon, potential, plain)
         other = -epsilon[..., None] * log_z
         return (other, potential) if turned else (potential, other)
 
@@ -325,7 +346,7 @@ def _fixed_sweeps(
     cost, p, q, epsilon = problem.cost.mT, problem.q, problem.p, problem.epsilon
     idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
     x = torch.where(cost == torch.inf, torch.inf, torch.where(idle, 0.0, cost) / epsilon[..., None, None])
-    hs, es = Sweeps.apply(x, p, q, iterations, work == torch.float32)
+    hs, es = Sweeps.apply(x, p, q, iterations, work == torch.float32)  # type: ignore[no-untyped-call]
     h, e = hs[..., -1, :], es[..., -1, :]
     poison = problem.poison
 
@@ -414,7 +435,7 @@ def _certify(
 
 
 def _absolute(problem: _Problem, relative: Tensor) -> Tensor:
-    """From ``<P, C> + epsilon KL(P | p q')`` at mass 1 to ``<P, C> + epsilon sum P (log P - 1)`` at the true mass."""
+    """From ``<P, C> + epsilon KL(P | p q')`` at mass 1 to the documented value at the true mass."""
     entropy = (problem.p * _masked_log(problem.p)).sum(-1) + (problem.q * _masked_log(problem.q)).sum(-1)
     return problem.mass * (relative + problem.epsilon * (entropy + _masked_log(problem.mass) - 1))
 

@@ -54,7 +54,8 @@ class Coupling:
         a: Row masses ``(*batch, n)``.
         b: Column masses ``(*batch, m)``.
         epsilon: Regularisation, a float or a tensor that broadcasts to ``batch``.
-        potentials: The pair ``(f, g)``, ``(*batch, n)`` and ``(*batch, m)``, in cost units, or a function that returns it.
+        potentials: The pair ``(f, g)``, ``(*batch, n)`` and ``(*batch, m)``, in cost units, or a
+            function that returns it.
         value: ``<P, C> + epsilon * sum P (log P - 1)`` ``(*batch,)``, or a function that returns it.
         residual: L1 error of both marginals of the returned plan ``(*batch,)``.
         gap: Duality gap of the plan rounded to exact marginals ``(*batch,)``, or a function likewise.

@@ -1,8 +1,8 @@
 """Implicit differentiation: the solution's potential as a function of cost, marginals and epsilon.
 
-Three autograd functions, each with a backward written in differentiable torch code, hence differentiable to any
-order. All work in float64 on ``(*batch, s, l)`` with the short side first, on marginals of mass 1. README.md derives
-every formula.
+Three autograd functions, each with a backward written in differentiable torch code, hence differentiable to
+any order. All work in float64 on ``(*batch, s, l)`` with the short side first, on marginals of mass 1. README.md
+derives every formula.
 """
 
 from __future__ import annotations
@@ -17,17 +17,20 @@ from couplings.transport.newton import newton_potential
 from couplings.transport.newton_cg import cg_direction, dense_direction
 from couplings.transport.sinkhorn import sinkhorn_potential
 
+DEEP = -700.0  # an exponential of less is slow and can no longer be told from 0
 ADJOINT_DENSE_LIMIT = 1024  # shorter side up to which the adjoint system is factorised
 ADJOINT_TOLERANCE = 1e-12  # relative residual of the adjoint system where it is solved by conjugate gradients
 ADJOINT_ITERATIONS = 2000
 
 
-def density(cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, potential: Tensor) -> tuple[Tensor, ...]:
+def density(
+    cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, potential: Tensor, plain: bool
+) -> tuple[Tensor, ...]:
     """Everything that follows from the short side's potential, in differentiable torch code.
 
-    With ``y = (ghat - C) / epsilon``: ``z_l = sum_j p_j exp(y_jl)`` and the density of the plan against the product
-    of its marginals, ``kappa = exp(y) / z``. The plan is ``p_j q_l kappa_jl``: a product, so that a zero mass needs
-    no logarithm.
+    With ``y = (ghat - C) / epsilon``: ``z_l = sum_j p_j exp(y_jl)`` and the density of the plan against the
+    product of its marginals, ``kappa = exp(y) / z``. The plan is ``p_j q_l kappa_jl``: a product, so that a zero
+    mass needs no logarithm.
 
     Args:
         cost: ``(*batch, s, l)``, ``+inf`` forbids a pair.
@@ -35,10 +38,18 @@ def density(cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, potential: Tens
         q: ``(*batch, l)``.
         epsilon: ``(*batch,)``.
         potential: ``ghat`` ``(*batch, s)``.
+        plain: All masses are known to be positive and all costs to be finite: skip the masks.
 
     Returns:
         ``y`` (0 where it plays no part), ``log z`` ``(*batch, l)`` and ``kappa`` (0 where it plays no part).
     """
+    if plain:
+        y = (potential[..., :, None] - cost) / epsilon[..., None, None]
+        with torch.no_grad():
+            top = y.amax(-2)
+        e = (y - top[..., None, :]).clamp_min(DEEP).exp()
+        z = (p[..., None, :] @ e)[..., 0, :]
+        return y, top + z.log(), e / z[..., None, :]
     idle = (p == 0)[..., :, None] & (q == 0)[..., None, :]
     idle = idle | (cost == torch.inf)
     y = (potential[..., :, None] - torch.where(idle, 0.0, cost)) / epsilon[..., None, None]
@@ -46,13 +57,9 @@ def density(cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, potential: Tens
     with torch.no_grad():
         top = torch.where(idle | (p == 0)[..., :, None], -torch.inf, y).amax(-2)
         top = torch.where(top == -torch.inf, 0.0, top)
-    # Below -700 an exponential is slow and can no longer be told from 0.
-    shifted = torch.where(idle, -torch.inf, y - top[..., None, :])
-    e = torch.where(shifted > -700.0, shifted, -700.0).exp()
-    e = torch.where(idle, 0.0, e)
+    e = torch.where(idle, 0.0, (y - top[..., None, :]).clamp_min(DEEP).exp())
     z = (p[..., None, :] @ e)[..., 0, :]
-    empty = z == 0  # a column without an allowed pair, which has no mass
-    z = torch.where(empty, 1.0, z)
+    z = torch.where(z == 0, 1.0, z)  # a column without an allowed pair, which has no mass
     return y, top + z.log(), e / z[..., None, :]
 
 
@@ -71,14 +78,18 @@ class ShortPotential(torch.autograd.Function):
         method: str,
         tolerance: float,
         iterations: int,
+        plain: bool,
     ) -> tuple[Tensor, Tensor]:
+        """The solver; opaque to ``torch.compile``, since its loops depend on values."""
         if torch.compiler.is_compiling():
-            return _opaque_potential(cost, p, q, epsilon, method, tolerance, iterations)
+            out: tuple[Tensor, Tensor] = _opaque_potential(cost, p, q, epsilon, method, tolerance, iterations)
+            return out
         return _solve(cost, p, q, epsilon, method, tolerance, iterations)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        cost, p, q, epsilon, *_ = inputs
+        """Keep inputs and potential; the backward pass recomputes what is ``s x l``."""
+        cost, p, q, epsilon, *_, ctx.plain = inputs
         potential, steps = output
         ctx.save_for_backward(cost, p, q, epsilon, potential)
         ctx.mark_non_differentiable(steps)
@@ -87,7 +98,7 @@ class ShortPotential(torch.autograd.Function):
     def backward(ctx: Any, cotangent: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         """With t_j = sum_l q_l kappa_jl = 1 for all j: solve T' w = cotangent, pull -epsilon w through dt."""
         cost, p, q, epsilon, potential = ctx.saved_tensors
-        y, _, kappa = density(cost, p, q, epsilon, potential)
+        y, _, kappa = density(cost, p, q, epsilon, potential, ctx.plain)
         pi = p[..., :, None] * kappa
         # entries without mass: T' is the identity there
         alone = torch.where(p == 0, cotangent, 0.0)
@@ -100,10 +111,11 @@ class ShortPotential(torch.autograd.Function):
         grad_p = epsilon[..., None] * (rho @ response[..., None])[..., 0]
         grad_q = -epsilon[..., None] * response
         grad_epsilon = (grad_cost * y).sum((-1, -2))
-        return grad_cost, grad_p, grad_q, grad_epsilon, None, None, None
+        return grad_cost, grad_p, grad_q, grad_epsilon, None, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """One more batch dimension."""
         return vmap_rows(ShortPotential, info, in_dims, args)
 
 
@@ -113,7 +125,7 @@ def schur_solve(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
     ``right`` is projected onto the range (zero sum); the null direction is the constant.
     """
     right = right - p * right.sum(-1, keepdim=True)
-    v = _SchurSolve.apply(pi, p, q, right)
+    v: Tensor = _SchurSolve.apply(pi, p, q, right)  # type: ignore[no-untyped-call]
     return v - (p * v).sum(-1, keepdim=True)
 
 
@@ -123,7 +135,8 @@ class _SchurSolve(torch.autograd.Function):
     @staticmethod
     def forward(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return _opaque_schur(pi, p, q, right)
+            out: Tensor = _opaque_schur(pi, p, q, right)
+            return out
         return _schur(pi, p, q, right)
 
     @staticmethod
@@ -146,6 +159,7 @@ class _SchurSolve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """One more batch dimension."""
         return vmap_rows(_SchurSolve, info, in_dims, args)
 
 
@@ -156,28 +170,35 @@ class RelativeValue(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, potential: Tensor) -> Tensor:
-        _, log_z, kappa = density(cost, p, q, epsilon, potential)
+    def forward(
+        cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, potential: Tensor, plain: bool
+    ) -> Tensor:
+        """The dual value, right to second order in the potential's error."""
+        _, log_z, kappa = density(cost, p, q, epsilon, potential, plain)
         mass = (p * (kappa @ q[..., None])[..., 0]).sum(-1)
         linear = (p * potential).sum(-1) - epsilon * (q * log_z).sum(-1)
         return linear - epsilon * (mass - 1) * (q.sum(-1) > 0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the inputs."""
+        *tensors, ctx.plain = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """The partial derivatives at the optimum; the potential's own derivative is zero there."""
         cost, p, q, epsilon, potential = ctx.saved_tensors
-        y, log_z, kappa = density(cost, p, q, epsilon, potential)
+        y, log_z, kappa = density(cost, p, q, epsilon, potential, ctx.plain)
         plan = p[..., :, None] * q[..., None, :] * kappa
         grad_epsilon = (plan * (y - log_z[..., None, :])).sum((-1, -2))
         along = cotangent[..., None]
         grad_q = -along * epsilon[..., None] * log_z
-        return plan * along[..., None], potential * along, grad_q, grad_epsilon * cotangent, None
+        return plan * along[..., None], potential * along, grad_q, grad_epsilon * cotangent, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """One more batch dimension."""
         return vmap_rows(RelativeValue, info, in_dims, args)
 
 

@@ -43,8 +43,8 @@ def newton_potential(
         iterations: Cap on Newton steps and temperature changes together.
 
     Returns:
-        The potential ``ghat`` ``(B, s)`` in cost units, ``P_jl = p_j q_l exp((fhat_l + ghat_j - C_jl) / epsilon)``,
-        and the Newton steps taken ``(B,)``.
+        The potential ``ghat`` ``(B, s)`` in cost units, with
+        ``P_jl = p_j q_l exp((fhat_l + ghat_j - C_jl) / epsilon)``, and the Newton steps taken ``(B,)``.
     """
     batch, short, long = cost.shape
     size = batch if cost.device.type != "cpu" else max(1, CHUNK // max(1, short * long))
@@ -86,7 +86,7 @@ def _solve_chunk(
             stale = stale | ((swept - h).abs().amax(-1) > FAR)
             h = swept
         if any_true(stale):
-            pi = torch.where(stale[:, None, None], _kernel(x, h, beta, log_p), pi)
+            pi = _choose(stale, _kernel(x, h, beta, log_p), pi)
         s = times(pi, q)
         r = p - s
         error = r.abs().sum(-1)
@@ -105,7 +105,7 @@ def _solve_chunk(
         h = h * (colder / beta)[:, None]
         beta = colder
         if any_true(warm):
-            pi = torch.where(warm[:, None, None], _kernel(x, h, beta, log_p), pi)
+            pi = _choose(warm, _kernel(x, h, beta, log_p), pi)
         moving = ~done & ~warm
         if any_true(moving):
             d = _direction(pi, p, q, r, error, moving, method)
@@ -114,6 +114,21 @@ def _solve_chunk(
             taken = taken + moving
     h = torch.where(best.isfinite()[:, None], best_h, h)
     return fill_zero_masses(x, h, p, q), taken
+
+
+def _span(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    """Range of the logits that take part, ``(B,)``: padding must not change the path of the solve."""
+    if not any_true(~(x.amax((-1, -2)) < torch.inf) | (p == 0).any(-1) | (q == 0).any(-1)):
+        return x.amax((-1, -2)) - x.amin((-1, -2))
+    out = ~((p > 0)[:, :, None] & (q > 0)[:, None, :] & (x < torch.inf))
+    return x.masked_fill(out, -torch.inf).amax((-1, -2)) - x.masked_fill(out, torch.inf).amin((-1, -2))
+
+
+def _choose(flag: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """Item by item ``new`` where ``flag`` else ``old``; without a copy where all items agree on a CPU."""
+    if not any_true(~flag):
+        return new
+    return torch.where(flag[:, None, None], new, old)
 
 
 def _kernel(x: Tensor, h: Tensor, beta: Tensor, log_p: Tensor) -> Tensor:
@@ -126,9 +141,9 @@ def _kernel(x: Tensor, h: Tensor, beta: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _rescale(pi: Tensor, v: Tensor, active: Tensor) -> Tensor:
-    """The kernel after ``h += log v``, without new exponentials; an inactive item (v = 1) keeps its bits."""
+    """The kernel after ``h += log v``, in place and without exponentials; an inactive item (v = 1) keeps its bits."""
     z = torch.where(active[:, None], times_transposed(pi, v), 1.0)
-    return (pi * v[:, :, None]).div_(z[:, None, :])
+    return pi.mul_(v[:, :, None]).div_(z[:, None, :])
 
 
 def _sweeps(pi: Tensor, h: Tensor, p: Tensor, q: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,10 +176,10 @@ def _direction(
 def _step_factor(
     pi: Tensor, p: Tensor, q: Tensor, s: Tensor, r: Tensor, d: Tensor, error: Tensor, moving: Tensor
 ) -> Tensor:
-    """``v = exp(t d)`` for the first step length that is accepted, one Sinkhorn sweep if none is, 1 if not moving.
+    """``v = exp(t d)`` for the first accepted length, one Sinkhorn sweep if there is none, 1 if not moving.
 
-    A step is accepted if the concave semi-dual rises enough (Armijo), or, where its rise drowns in rounding, if the
-    residual falls.
+    A step is accepted if the concave semi-dual rises enough (Armijo), or, where its rise drowns in rounding, if
+    the residual falls.
     """
     slope = (r * d).sum(-1)
     length = (LONGEST_STEP / d.abs().amax(-1)).clamp_max(1.0)

@@ -1,7 +1,7 @@
 """Newton directions of the semi-dual: by a dense factorisation, and matrix-free by conjugate gradients.
 
-Both solve ``(S + lam diag(p)) d = r`` with ``S = diag(s) - pi diag(q) pi'``, a graph Laplacian: its off-diagonal
-entries are ``-sum_l q_l pi_jl pi_kl <= 0`` and its rows sum to zero. README.md has the derivation.
+Both solve ``(S + lam diag(p)) d = r`` with ``S = diag(s) - pi diag(q) pi'``, a graph Laplacian: its
+off-diagonal entries are ``-sum_l q_l pi_jl pi_kl <= 0`` and its rows sum to zero. README.md has the derivation.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def times_transposed(kernel: Tensor, vector: Tensor) -> Tensor:
 def dense_direction(pi: Tensor, p: Tensor, q: Tensor, r: Tensor, lam: Tensor) -> Tensor:
     """Solve with one symmetric factorisation per item.
 
-    The diagonal is summed from the off-diagonal entries, so that nothing cancels where the plan is nearly hard, and
-    the system is scaled to unit diagonal. The constant direction is made regular exactly, by the rank-one term that
-    the right-hand side (which sums to zero) does not see.
+    The diagonal is summed from the off-diagonal entries, so that nothing cancels where the plan is nearly hard,
+    and the system is scaled to unit diagonal. The constant direction is made regular exactly, by a rank-one term
+    that the right-hand side (which sums to zero) does not see.
 
     Args:
         pi: ``(B, s, l)``, columns sum to 1.
@@ -77,8 +77,8 @@ def cg_direction(
         iterations: Cap.
 
     Returns:
-        The direction ``(B, s)`` and whether it reached the tolerance ``(B,)``. An item's answer is frozen when it
-        stops, so other items cannot change it.
+        The direction ``(B, s)`` and whether it reached the tolerance ``(B,)``. An item's answer is frozen when
+        it stops, so other items cannot change it.
     """
     mass = times(pi, q)
     shift = mass + lam[:, None] * p

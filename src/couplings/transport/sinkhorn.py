@@ -5,12 +5,13 @@ A sweep in logits (``x = C / epsilon``), long side first as in the published cod
     e_l = log q_l - logsumexp_j(h_j - x_jl),    h_j = log p_j - logsumexp_l(e_l - x_jl)
 
 With ``K = exp(h_ref + e_ref - x)`` absorbed at a reference the same sweep is two mat-vecs on the scalings
-``u = exp(e - e_ref)``, ``v = exp(h - h_ref)``. Where a scaling drifts out of the range in which ``K`` is exact, the
-sweeps are done again with log-sum-exps and the kernel is absorbed anew.
+``u = exp(e - e_ref)``, ``v = exp(h - h_ref)``. Where a scaling drifts out of the range in which ``K`` is exact,
+the sweeps are done again with log-sum-exps and the kernel is absorbed anew.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Absorbed:
         self.log_p, self.log_q = p.log(), q.log()
         self.some_p, self.some_q = p > 0, q > 0
         self.p_low, self.q_low = p.to(dtype), q.to(dtype)
-        # lowest logit kept in the kernel, and drift of a log scaling up to which what was cut off is negligible
+        # lowest logit kept in the kernel, and log scalings up to which what was cut off is negligible
         self.floor, self.drift = (-500.0, 200.0) if dtype == torch.float64 else (-80.0, 20.0)
         h, e = self.exact_sweep(torch.where(self.some_p, 0.0, -torch.inf).to(x.dtype))
         self.first = (h, e)
@@ -93,7 +94,7 @@ def sinkhorn_potential(
     """Sweep until the marginals hold; arguments and result as those of ``newton_potential``."""
     batch = cost.shape[0]
     state = Absorbed(cost / epsilon[:, None, None], p, q, torch.float64)
-    h, e = state.first
+    h = state.first[0]
     done = torch.zeros(batch, dtype=torch.bool, device=cost.device)
     taken = torch.ones(batch, dtype=torch.int64, device=cost.device)
     stop = all_true()
@@ -128,25 +129,28 @@ def fill_zero_masses(x: Tensor, h: Tensor, p: Tensor, q: Tensor) -> Tensor:
 class Sweeps(torch.autograd.Function):
     """A fixed number of sweeps; the gradient is that of the unrolled sweeps.
 
-    Returns the potentials of every sweep, ``(*batch, T, s)`` and ``(*batch, T, l)``, 0 where there is no mass: they
-    are what the backward pass needs besides the cost, ``T (s + l)`` numbers and one ``s x l`` array.
+    Returns the potentials of every sweep, ``(*batch, T, s)`` and ``(*batch, T, l)``, 0 where there is no mass:
+    ``T (s + l)`` numbers, which with the cost are all that the backward pass needs.
     """
 
     @staticmethod
     def forward(x: Tensor, p: Tensor, q: Tensor, iterations: int, low: bool) -> tuple[Tensor, Tensor]:
+        """The sweeps; ``low`` keeps the kernel in float32."""
         if torch.compiler.is_compiling():
-            return _opaque_sweeps(x, p, q, iterations, low)
+            out: tuple[Tensor, Tensor] = _opaque_sweeps(x, p, q, iterations, low)
+            return out
         return _run_sweeps(x, p, q, iterations, low)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        """Keep the potentials of all sweeps."""
         x, p, q, iterations, _ = inputs
         ctx.save_for_backward(x, p, q, *output)
         ctx.iterations = iterations
 
     @staticmethod
     def backward(ctx: Any, h_bar: Tensor, e_bar: Tensor) -> tuple[Tensor | None, ...]:
-        """Sweep by sweep backwards. A block of sweeps shares a kernel and adds one product of thin matrices to dx."""
+        """Sweep by sweep backwards; a block of sweeps shares a kernel and adds one thin product to dx."""
         x, p, q, hs, es = ctx.saved_tensors
         some_p, some_q = p > 0, q > 0
         over_p = torch.where(some_p, 1 / torch.where(some_p, p, 1.0), 0.0)
@@ -181,13 +185,14 @@ class Sweeps(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        """One more batch dimension."""
         return vmap_rows(Sweeps, info, in_dims, args)
 
 
 def _blocks(iterations: int) -> list[tuple[int, int]]:
-    """Ranges of sweeps that share a kernel in the backward pass: single ones first, then ``BLOCK`` at a time."""
+    """Ranges of sweeps that share a kernel in the backward pass: single ones first, then blocks."""
     cuts = [*range(min(SINGLE, iterations)), *range(SINGLE, iterations, BLOCK), iterations]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def _run_sweeps(x: Tensor, p: Tensor, q: Tensor, iterations: int, low: bool) -> tuple[Tensor, Tensor]:
