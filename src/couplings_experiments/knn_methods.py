@@ -14,7 +14,7 @@ from couplings_experiments.models import ResNet18, TwoLayerConv
 
 NEIGHBOURS = 9  # the paper's k
 ENTROPIC_SORT_EPSILON = 1e-2  # of the entropic sort where nothing was chosen: its costs lie in [0, 1]
-CODE = 50  # width of the autoencoder's code, and number of principal components
+COMPONENTS = 50  # principal components
 
 
 def batched(module: nn.Module, images: Tensor, size: int = 1000) -> Tensor:
@@ -68,15 +68,14 @@ class NeighbourMethod:
 
 
 class Autoencoder:
-    """The network and a linear layer as encoder, a two-layer decoder, squared error; classifies by k-NN on codes."""
+    """The network as encoder, two linear layers as decoder, squared error; classifies by k-NN on features."""
 
     def __init__(self, trunk: TwoLayerConv | ResNet18, shape: tuple[int, ...]) -> None:
-        self.encoder = nn.Sequential(trunk, nn.Linear(trunk.features, CODE))
-        decoder = nn.Sequential(
-            nn.Linear(CODE, trunk.features), nn.ReLU(), nn.Linear(trunk.features, math.prod(shape))
+        self.encoder = trunk
+        self.decoder = nn.Sequential(
+            nn.Linear(trunk.features, trunk.features), nn.ReLU(), nn.Linear(trunk.features, math.prod(shape))
         )
-        self.module: nn.Module = nn.ModuleDict({"encoder": self.encoder, "decoder": decoder})
-        self.decoder = decoder
+        self.module: nn.Module = nn.ModuleDict({"encoder": self.encoder, "decoder": self.decoder})
 
     def loss(self, queries: Split, templates: Split, noise: torch.Generator) -> Tensor:
         """Mean squared error of the reconstruction."""
@@ -84,11 +83,11 @@ class Autoencoder:
         return nn.functional.mse_loss(self.decoder(self.encoder(images)), images.flatten(1))
 
     def features(self, images: Tensor) -> Tensor:
-        """The codes."""
+        """What the decoder reconstructs from."""
         return batched(self.encoder, images)
 
     def accuracy(self, train: Split, held: Split) -> float:
-        """Of plain k-NN on the codes."""
+        """Of plain k-NN on the features."""
         return knn_accuracy(
             self.features(train.images), train.labels, self.features(held.images), held.labels
         )

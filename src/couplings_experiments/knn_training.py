@@ -67,15 +67,16 @@ class Choice:
     epsilon: float | None = None
 
 
-# Chosen on digits' validation images by `couplings reproduce knn-search --preset full`, which see.
+# Chosen on digits' validation images by `couplings reproduce knn-search --preset full`: six trials each, the first of
+# equal ones. Behind each choice the validation accuracy it was chosen by, in percent.
 DIGITS = {
-    "autoencoder": Choice(0.1),
-    "classifier": Choice(0.1),
-    "gumbel": Choice(0.01, 0.5),
-    "neuralsort": Choice(0.01, 1.0),
-    "cuturi": Choice(0.01, 0.01),
-    "softmax": Choice(0.01, 0.5),
-    "soft": Choice(0.01, 0.5),
+    "autoencoder": Choice(0.001),  # 96.4
+    "classifier": Choice(0.2),  # 99.2
+    "gumbel": Choice(0.01, 0.5),  # 99.4
+    "neuralsort": Choice(0.003, 1.0),  # 99.7
+    "cuturi": Choice(0.003, 0.01),  # 99.7
+    "softmax": Choice(0.01, 0.5),  # 99.4
+    "soft": Choice(0.003, 0.3),  # 99.7
 }
 
 # The paper's learning rate everywhere. Its epsilon for SOFT is relative to the largest cost of a batch, which is 170

@@ -9,6 +9,15 @@ from sklearn.neighbors import KNeighborsClassifier
 from couplings.losses import knn_loss, knn_predict
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny problems: threads that wait for each other on a busy machine cost far more than they save."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def problem(q=6, t=12, d=3, classes=3, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
     return (

@@ -17,7 +17,7 @@ from torch import Tensor, from_numpy
 from couplings_experiments.data import Dataset
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.knn_methods import (
-    CODE,
+    COMPONENTS,
     ENTROPIC_SORT_EPSILON,
     NEIGHBOURS,
     Classifier,
@@ -118,7 +118,7 @@ def _untrained(data: Dataset, name: str, mapped: bool) -> dict[str, Any]:
     flat: Callable[[Tensor], Tensor] = lambda images: images.flatten(1)  # noqa: E731 - one of two
     if name == "pca":
         pixels = data.train.images.flatten(1).cpu().numpy()
-        components = min(CODE, *pixels.shape)
+        components = min(COMPONENTS, *pixels.shape)
         projection = PCA(components, svd_solver="full").fit(pixels)
         flat = lambda images: from_numpy(projection.transform(images.flatten(1).cpu().numpy())).to(images)  # noqa: E731
     result: dict[str, Any] = {"test": {name: _knn(data, flat)}}
