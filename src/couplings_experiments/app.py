@@ -77,7 +77,7 @@ def reproduce(
         _complain(f"interrupted; every finished epoch is kept. Continue with: {words} --out {out} --resume")
         raise typer.Exit(130) from None
     if page is None:
-        console.print(f"{out} is finished, there is nothing to resume.", highlight=False)
+        console.print(f"{out} is finished, there is nothing to resume.", highlight=False, soft_wrap=True)
     else:
         console.print(f"Wrote {page} and {page.with_name('results.json')}", highlight=False, soft_wrap=True)
 

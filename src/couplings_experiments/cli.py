@@ -9,6 +9,8 @@ def main() -> None:
     """Run the command line; exit 130 on Ctrl-C, 1 with one line on errors a user can put right."""
     try:
         from couplings_experiments.app import run
+
+        sys.exit(run(sys.argv[1:]))
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("couplings"):
             raise
@@ -18,4 +20,3 @@ def main() -> None:
         )
     except KeyboardInterrupt:
         sys.exit(130)
-    sys.exit(run(sys.argv[1:]))

@@ -100,7 +100,7 @@ class Plan:
 _DIGITS = Optimisation(epochs=15, schedule="cosine")
 _PAPER = Optimisation(epochs=200)
 PLANS = {
-    ("digits", "smoke"): Plan(1, replace(_DIGITS, epochs=2, steps=2)),
+    ("digits", "smoke"): Plan(1, replace(_DIGITS, epochs=2, steps=1)),
     ("digits", "quick"): Plan(1, replace(_DIGITS, epochs=5)),
     ("digits", "full"): Plan(5, _DIGITS),
     ("mnist", "smoke"): Plan(1, replace(_PAPER, epochs=1, steps=2), limit=400),

@@ -54,4 +54,4 @@ class Screen:
 
     def say(self, line: str) -> None:
         """One line that stays on the screen."""
-        self._console.print(line, markup=False, highlight=False)
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""One thread: the problems are tiny, and threads that wait for each other on a busy machine cost far more than they save."""
+"""One thread: the problems are tiny, and on a busy machine threads mostly wait for each other."""
 
 from __future__ import annotations
 

@@ -24,7 +24,12 @@ def sample(epoch):
     g = torch.Generator().manual_seed(epoch)
     return checkpoint.Checkpoint(
         epoch,
-        {"a": torch.randn(3, 4, generator=g), "empty": torch.empty(0), "state": g.get_state(), "n": torch.tensor(7)},
+        {
+            "a": torch.randn(3, 4, generator=g),
+            "empty": torch.empty(0),
+            "state": g.get_state(),
+            "n": torch.tensor(7),
+        },
         {"history": [{"loss": 0.1 + 0.2}], "text": "x"},
     )
 
@@ -41,7 +46,10 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path):
 def test_only_the_last_two_are_kept(tmp_path):
     for epoch in range(1, 6):
         checkpoint.save(tmp_path, sample(epoch))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00004.safetensors", "epoch-00005.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "epoch-00004.safetensors",
+        "epoch-00005.safetensors",
+    ]
     checkpoint.clear(tmp_path)
     assert checkpoint.load_last(tmp_path) == (None, [])
 
@@ -52,7 +60,14 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
     whole = path.read_bytes()
     flipped = bytearray(whole)
     flipped[-3] ^= 1
-    for content in (b"", whole[:5], whole[: len(whole) // 2], whole[:-1], bytes(flipped), b"\xff" * len(whole)):
+    for content in (
+        b"",
+        whole[:5],
+        whole[: len(whole) // 2],
+        whole[:-1],
+        bytes(flipped),
+        b"\xff" * len(whole),
+    ):
         path.write_bytes(content)
         back, damaged = checkpoint.load_last(tmp_path)
         assert back.epoch == 1
@@ -131,7 +146,15 @@ def test_interrupted_training_ends_at_the_same_bits(digits, tmp_path, name, dama
 def test_a_checkpoint_of_something_else_is_not_continued(digits, tmp_path):
     train(build("classifier", Choice(0.1), digits, 0), digits, SHORT, 0, tmp_path, identity="one")
     done = []
-    train(build("classifier", Choice(0.1), digits, 0), digits, SHORT, 0, tmp_path, identity="two", after_epoch=done.append)
+    train(
+        build("classifier", Choice(0.1), digits, 0),
+        digits,
+        SHORT,
+        0,
+        tmp_path,
+        identity="two",
+        after_epoch=done.append,
+    )
     assert done == [1, 1, 1]
 
 

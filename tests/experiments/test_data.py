@@ -38,7 +38,10 @@ def cifar(tmp_path):
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
-        batch = {b"data": random.integers(0, 256, (20, 3072), dtype=np.uint8), b"labels": [i % 10 for i in range(20)]}
+        batch = {
+            b"data": random.integers(0, 256, (20, 3072), dtype=np.uint8),
+            b"labels": [i % 10 for i in range(20)],
+        }
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
     return tmp_path
 
@@ -57,7 +60,10 @@ def test_digits_split_is_fixed_for_the_test_and_divided_anew_otherwise():
 
 def test_digits_parts_share_no_image():
     data = load("digits", None, 3)
-    rows = [{tuple(image) for image in part.images.flatten(1).tolist()} for part in (data.train, data.validation, data.test)]
+    rows = [
+        {tuple(image) for image in part.images.flatten(1).tolist()}
+        for part in (data.train, data.validation, data.test)
+    ]
     assert not rows[0] & rows[1]
     assert not rows[0] & rows[2]
     assert not rows[1] & rows[2]

@@ -62,7 +62,9 @@ def test_a_query_is_not_its_own_neighbour():
     _, t, _, tl = problem()
     off = ~torch.eye(12, dtype=torch.bool)
     want = counted(t, t, tl, tl, 3, off)
-    torch.testing.assert_close(knn_loss(t, t, tl, tl, 3, epsilon=0, exclude_self=True, reduction="none"), want)
+    torch.testing.assert_close(
+        knn_loss(t, t, tl, tl, 3, epsilon=0, exclude_self=True, reduction="none"), want
+    )
     soft = knn_loss(t, t, tl, tl, 3, epsilon=0.5, exclude_self=True)
     torch.testing.assert_close(soft, knn_loss(t, t, tl, tl, 3, epsilon=0.5, mask=off))
     # what the masked distance to itself is makes no difference
@@ -80,7 +82,9 @@ def test_leading_batch_dimensions_are_separate_problems():
     for i, one in enumerate(many):
         torch.testing.assert_close(got[i // 2, i % 2], knn_loss(*one, 3, epsilon=0.3, reduction="none"))
     shared = knn_loss(q, t[0, 0], ql, tl[0, 0], 3, epsilon=0.3, reduction="none")
-    torch.testing.assert_close(shared[1, 1], knn_loss(q[1, 1], t[0, 0], ql[1, 1], tl[0, 0], 3, epsilon=0.3, reduction="none"))
+    torch.testing.assert_close(
+        shared[1, 1], knn_loss(q[1, 1], t[0, 0], ql[1, 1], tl[0, 0], 3, epsilon=0.3, reduction="none")
+    )
 
 
 @pytest.mark.parametrize("method", ["transport", "softmax", "neuralsort"])
@@ -134,7 +138,8 @@ def test_the_gradient_at_distance_zero_is_zero_and_exact_elsewhere():
 def test_gumbel_takes_its_noise_from_the_generator():
     args = problem(dtype=torch.float32)
     one, two = (
-        knn_loss(*args, 3, method="gumbel", epsilon=0.5, generator=torch.Generator().manual_seed(5)) for _ in range(2)
+        knn_loss(*args, 3, method="gumbel", epsilon=0.5, generator=torch.Generator().manual_seed(5))
+        for _ in range(2)
     )
     assert one == two
 
@@ -188,7 +193,9 @@ def test_equal_distances_go_by_the_order_of_the_training_set():
 
 
 def test_no_queries_no_predictions():
-    assert knn_predict(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(0, 2), 1).shape == (0,)
+    assert knn_predict(torch.zeros(3, 2), torch.zeros(3, dtype=torch.long), torch.zeros(0, 2), 1).shape == (
+        0,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- bad input

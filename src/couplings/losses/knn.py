@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from couplings._checks import HALF, bool_tensor, broadcastable, describe, real_tensor, reject, same_device, same_dtype
+from couplings._checks import (
+    HALF,
+    bool_tensor,
+    broadcastable,
+    describe,
+    real_tensor,
+    reject,
+    same_device,
+    same_dtype,
+)
 from couplings.selection import soft_topk_mask
 
 
@@ -170,7 +179,9 @@ def knn_predict(
     _check_k("k", k, total, "train_features")
     _check_labels("train_labels", train_labels, (total,), "one label per training point", queries)
     if train_labels.shape != (total,):
-        reject("train_labels", f"shape ({total},)", describe(train_labels), "Pass one label per training point.")
+        reject(
+            "train_labels", f"shape ({total},)", describe(train_labels), "Pass one label per training point."
+        )
     if isinstance(chunk, bool) or not isinstance(chunk, int):
         reject("chunk", "an int", describe(chunk), "Pass the number of queries a step.", TypeError)
     if chunk < 1:
@@ -220,7 +231,9 @@ def _check_features(first_name: str, first: Tensor, second_name: str, second: Te
     for name, value in ((first_name, first), (second_name, second)):
         real_tensor(name, value)
         if value.ndim < 2:
-            reject(name, "at least two dimensions, (..., points, features)", describe(value), f"Reshape {name}.")
+            reject(
+                name, "at least two dimensions, (..., points, features)", describe(value), f"Reshape {name}."
+            )
     same_dtype(second_name, second, first, first_name)
     same_device(second_name, second, first, first_name)
     if first.shape[-1] != second.shape[-1]:
@@ -236,7 +249,9 @@ def _check_k(name: str, k: object, available: int, of: str) -> None:
     if isinstance(k, bool) or not isinstance(k, int):
         reject(name, "an int", describe(k), "Pass the number of neighbours.", TypeError)
     if not 1 <= k <= available:
-        reject(name, f"between 1 and {available}, the number of {of}", k, "Pass fewer neighbours or more points.")
+        reject(
+            name, f"between 1 and {available}, the number of {of}", k, "Pass fewer neighbours or more points."
+        )
 
 
 def _check_labels(name: str, labels: object, shape: tuple[int, ...], meaning: str, reference: Tensor) -> None:
