@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from couplings._rowwise import by_rows, vmap_rows
+from couplings._rowwise import apply, by_rows, vmap_rows
 
 
 def mean_std(x: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -22,7 +22,7 @@ def mean_std(x: Tensor, weights: Tensor | None = None, mask: Tensor | None = Non
         mean and std, both (*batch, 1), differentiable to any order. A row whose valid entries are all equal has
         std 1, with zero gradient.
     """
-    mean, std = _MeanStd.apply(x, weights, mask)
+    mean, std = apply(_MeanStd, x, weights, mask)
     return mean, std
 
 
@@ -48,9 +48,9 @@ def _moments(
     centred -= shift
     if mask is not None:
         centred.masked_fill_(~mask, 0)
-    if weights is not None:
-        centred *= weights.sqrt()
-    std = torch.linalg.vector_norm(centred, dim=-1, keepdim=True) / total.sqrt()
+    square = centred.mul_(centred) if weights is None else centred.mul_(centred).mul_(weights)
+    # sum, not vector_norm: that one adds up in plain float32 and loses everything beside an outlier
+    std = (square.sum(-1, keepdim=True) / total).sqrt()
     if unit is not None:
         return origin + shift * unit, std * unit
     return origin + shift, std

@@ -204,7 +204,11 @@ def soft_topk(
             hard,
             rows,
         )
-        values = (weights @ rows.x.unsqueeze(-1)).squeeze(-1)
+        # measured from the hard values: the gradient of W @ x cancels between neighbours that nearly tie
+        hard_values = rows.x.detach().masked_fill(~rows.mask, -math.inf) if rows.mask is not None else rows.x.detach()
+        hard_values = hard_values.topk(k, dim=-1).values.unsqueeze(-1)
+        hard_values = hard_values.masked_fill(hard_values.isinf(), 0)
+        values = (weights * (rows.x.unsqueeze(-2) - hard_values)).sum(-1) + hard_values.squeeze(-1)
         if not largest:
             values = -values
         return values.to(x.dtype).movedim(-1, dim), weights.to(x.dtype)

@@ -38,5 +38,5 @@ def indicators(rows: Rows, k: int, epsilon: Real) -> Tensor:
     points = -rows.x  # rising, so that the largest score meets target 0
     count = min(k, rows.x.shape[-1] - 1)
     gaps = rows.x.new_ones((*rows.x.shape[:-1], count))
-    plan = sorted_plan(points, scale, gaps, None, None, rows.mask, hard_cuts(points, count, rows.mask))
+    plan, _ = sorted_plan(points, scale, gaps, None, None, rows.mask, hard_cuts(points, count, rows.mask))
     return plan[..., :k, :]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from couplings._rowwise import vmap_rows
+from couplings._rowwise import apply, vmap_rows
 from couplings.selection.entropic import target_mass
 from couplings.selection.rows import Real, Rows, logit_scale
 from couplings.transport.threshold import hard_cut
@@ -132,7 +132,7 @@ def mask(rows: Rows, k: int | Tensor, epsilon: Real, *, family: str, p: float = 
     share = torch.zeros_like(rows.x).scatter(-1, cut.head, cut.share) * valid
     above, below = (share * weights).detach(), ((1 - share) * weights).detach()
     z = (rows.x - cut.centre) * scale
-    theta = _Threshold.apply(z, weights, mass, above, below, rows.mask, family, power)
+    theta = apply(_Threshold, z, weights, mass, above, below, rows.mask, family, power)
     plan = cdf(family, power, z + theta) * valid
     none, every = (above == 0).all(-1, keepdim=True), (below == 0).all(-1, keepdim=True)
     return torch.where(none, 0 * plan, torch.where(every, valid + 0 * plan, plan))

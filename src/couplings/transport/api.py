@@ -93,7 +93,7 @@ def solve(
         True
     """
     _check_metadata(cost, a, b, epsilon, solver, iterations, tolerance, row_mask, column_mask, on_fail)
-    problem = _prepare(cost, a, b, epsilon, row_mask, column_mask)
+    problem = prepare(cost, a, b, epsilon, row_mask, column_mask)
     work = torch.float64 if cost.dtype == torch.float64 else torch.float32
     if solver == "sinkhorn" and iterations is not None:
         coupling = _fixed_sweeps(problem, iterations, _bar(tolerance, work), work, cost.dtype)
@@ -161,7 +161,7 @@ def _check_metadata(
             same_device("epsilon", epsilon, cost, "cost")
         broadcastable("epsilon", epsilon, batch, "one epsilon per problem")
     else:
-        _positive(
+        positive(
             "epsilon",
             epsilon,
             "For the unregularised plan use a linear-programming solver; epsilon = 0 "
@@ -179,17 +179,17 @@ def _check_metadata(
         if iterations < 1:
             reject("iterations", "at least 1", iterations, "Pass a positive number of sweeps.")
     if tolerance is not None:
-        _positive("tolerance", tolerance, "Pass a positive relative residual, or None.")
+        positive("tolerance", tolerance, "Pass a positive relative residual, or None.")
 
 
-def _positive(name: str, value: object, remedy: str) -> None:
+def positive(name: str, value: object, remedy: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         reject(name, "a positive number", describe(value), "Pass a float.", TypeError)
     if not (math.isfinite(value) and value > 0):
         reject(name, "a finite number > 0", value, remedy)
 
 
-def _prepare(
+def prepare(
     cost: Tensor,
     a: Tensor | None,
     b: Tensor | None,
@@ -211,7 +211,7 @@ def _prepare(
     if row_mask is not None or column_mask is not None:
         full = torch.where(rows[..., :, None] & columns[..., None, :], full, 0.0)
 
-    low, high = full.amin((-1, -2)), full.amax((-1, -2))  # NaN where there is one
+    low, high = torch.aminmax(full.detach().flatten(-2), dim=-1)  # NaN where there is one
     nonfinite = ~(low > -torch.inf) | high.isnan()
     nonfinite = nonfinite | ~given_a.isfinite().all(-1) | ~given_b.isfinite().all(-1) | ~eps.isfinite()
     negative_a, negative_b = (given_a < 0).any(-1), (given_b < 0).any(-1)
@@ -317,26 +317,26 @@ def _converged(
 
     def plan() -> Tensor:
         _, _, kappa = density(cost, p, q, epsilon, potential, plain)
-        out = p[..., :, None] * (q * problem.mass[..., None])[..., None, :] * kappa
-        return _turn(out + poison[..., None, None], turned).to(work)
+        scale = q * problem.mass[..., None] + poison[..., None]
+        return _turn(kappa * p[..., :, None] * scale[..., None, :], turned).to(work)
 
     def log_plan() -> Tensor:
         y, log_z, _ = density(cost, p, q, epsilon, potential, plain)
-        log_mass = _masked_log(q * problem.mass[..., None])[..., None, :] + _masked_log(p)[..., :, None]
+        log_mass = masked_log(q * problem.mass[..., None])[..., None, :] + masked_log(p)[..., :, None]
         idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
         out = (y - log_z[..., None, :] + log_mass).masked_fill(idle, -torch.inf)
         return _turn(out + poison[..., None, None], turned).to(work)
 
     def value() -> Tensor:
         relative = RelativeValue.apply(cost, p, q, epsilon, potential, plain)  # type: ignore[no-untyped-call]
-        return _absolute(problem, relative) + poison
+        return absolute(problem, relative) + poison
 
     def potentials() -> tuple[Tensor, Tensor]:
         _, log_z, _ = density(cost, p, q, epsilon, potential, plain)
         other = -epsilon[..., None] * log_z
         return (other, potential) if turned else (potential, other)
 
-    return _certify(problem, log_plan, plan, value, potentials, steps, cap, bar, work, dtype)
+    return certify(problem, log_plan, plan, value, potentials, steps, cap, bar, work, dtype)
 
 
 def _fixed_sweeps(
@@ -359,24 +359,24 @@ def _fixed_sweeps(
         return (out + poison[..., None, None]).mT.to(work)
 
     def log_plan() -> Tensor:
-        out = raw_log_plan() + _masked_log(problem.mass)[..., None, None] + poison[..., None, None]
+        out = raw_log_plan() + masked_log(problem.mass)[..., None, None] + poison[..., None, None]
         return out.mT.to(work)
 
     def value() -> Tensor:
-        log_density = raw_log_plan() - _masked_log(p)[..., :, None] - _masked_log(q)[..., None, :]
+        log_density = raw_log_plan() - masked_log(p)[..., :, None] - masked_log(q)[..., None, :]
         log_density = torch.where(idle, 0.0, log_density)
         finite = torch.where(idle, 0.0, cost)
         out = raw_log_plan().exp() * (finite + epsilon[..., None, None] * log_density)
-        return _absolute(problem, out.sum((-1, -2))) + poison
+        return absolute(problem, out.sum((-1, -2))) + poison
 
     def potentials() -> tuple[Tensor, Tensor]:
-        return epsilon[..., None] * (e - _masked_log(q)), epsilon[..., None] * (h - _masked_log(p))
+        return epsilon[..., None] * (e - masked_log(q)), epsilon[..., None] * (h - masked_log(p))
 
     steps = torch.full_like(problem.mass, iterations, dtype=torch.int64)
-    return _certify(problem, log_plan, plan, value, potentials, steps, iterations, bar, work, dtype)
+    return certify(problem, log_plan, plan, value, potentials, steps, iterations, bar, work, dtype)
 
 
-def _certify(
+def certify(
     problem: _Problem,
     log_plan: Callable[[], Tensor],
     plan: Callable[[], Tensor],
@@ -394,7 +394,8 @@ def _certify(
     """
     with torch.no_grad():
         returned = plan().to(torch.float64)
-        residual = (returned.sum(-1) - problem.a).abs().sum(-1) + (returned.sum(-2) - problem.b).abs().sum(-1)
+        residual = (returned.sum(-1) - problem.a).abs().sum(-1)
+        residual = residual + (returned.sum(-2) - problem.b).abs().sum(-1)
         status = torch.where(
             residual <= bar * problem.mass,
             int(Status.CONVERGED),
@@ -406,8 +407,8 @@ def _certify(
     def potentials() -> tuple[Tensor, Tensor]:
         fhat, ghat = densities()
         eps = problem.epsilon[..., None]
-        f = fhat + eps * (_masked_log(problem.a) - _masked_log(problem.mass)[..., None])
-        g = ghat + eps * _masked_log(problem.b)
+        f = fhat + eps * (masked_log(problem.a) - masked_log(problem.mass)[..., None])
+        g = ghat + eps * masked_log(problem.b)
         constant = (problem.q * g).sum(-1, keepdim=True) + problem.poison[..., None]
         f = torch.where(problem.a > 0, f + constant, torch.where(problem.a == 0, -torch.inf, constant))
         g = torch.where(problem.b > 0, g - constant, torch.where(problem.b == 0, -torch.inf, constant))
@@ -434,10 +435,10 @@ def _certify(
     )
 
 
-def _absolute(problem: _Problem, relative: Tensor) -> Tensor:
+def absolute(problem: _Problem, relative: Tensor) -> Tensor:
     """From ``<P, C> + epsilon KL(P | p q')`` at mass 1 to the documented value at the true mass."""
-    entropy = (problem.p * _masked_log(problem.p)).sum(-1) + (problem.q * _masked_log(problem.q)).sum(-1)
-    return problem.mass * (relative + problem.epsilon * (entropy + _masked_log(problem.mass) - 1))
+    entropy = (problem.p * masked_log(problem.p)).sum(-1) + (problem.q * masked_log(problem.q)).sum(-1)
+    return problem.mass * (relative + problem.epsilon * (entropy + masked_log(problem.mass) - 1))
 
 
 def _duality_gap(problem: _Problem, plan: Tensor, fhat: Tensor, ghat: Tensor) -> Tensor:
@@ -458,7 +459,7 @@ def _duality_gap(problem: _Problem, plan: Tensor, fhat: Tensor, ghat: Tensor) ->
     lacking = lacking_p.sum((-1, -2), keepdim=True)
     correction = lacking_p * lacking_q / torch.where(lacking > 0, lacking, 1.0)
     plan = torch.where(idle, 0.0, plan + correction)
-    log_density = _masked_log(plan) - _masked_log(p) - _masked_log(q)
+    log_density = masked_log(plan) - masked_log(p) - masked_log(q)
     primal = (plan * (cost + eps * log_density)).sum((-1, -2))
     y = (fhat[..., :, None] + ghat[..., None, :] - cost) / eps
     total = torch.where(idle, 0.0, p * q * torch.where(idle, 0.0, y).exp()).sum((-1, -2))
@@ -466,7 +467,7 @@ def _duality_gap(problem: _Problem, plan: Tensor, fhat: Tensor, ghat: Tensor) ->
     return problem.mass * (primal - dual)
 
 
-def _masked_log(x: Tensor) -> Tensor:
+def masked_log(x: Tensor) -> Tensor:
     """``log x``, and 0 with zero gradient where ``x`` is 0: there its factor is an exact zero."""
     return torch.where(x > 0, x, 1.0).log()
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from couplings._rowwise import vmap_rows
+from couplings._rowwise import apply, vmap_rows
 from couplings.transport.threshold import midpoint
 
 PASSES = 24
@@ -95,7 +95,7 @@ def sorted_plan(
     weights: Tensor | None,
     mask: Tensor | None,
     cuts: HardCuts,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """The conditional plan between the points and k + 1 sorted targets.
 
     Args:
@@ -108,11 +108,12 @@ def sorted_plan(
         cuts: from ``hard_cuts`` or ``hard_cuts_weighted``.
 
     Returns:
-        pi, (*batch, k + 1, n): pi_j(i) = P(target j | point i), columns of valid points sum to 1, others are 0;
-        differentiable to any order in x, scale, gaps, upto and weights.
+        pi, (*batch, k + 1, n): pi_j(i) = P(target j | point i), columns of valid points sum to 1, others are 0; and
+        theta, (*batch, k), measured from the cuts' centres. Both are differentiable to any order in x, scale, gaps,
+        upto and weights.
     """
-    out: Tensor = _SortedPlan.apply(x, scale, gaps, upto, weights, mask, *cuts)
-    return out
+    plan, theta = apply(_SortedPlan, x, scale, gaps, upto, weights, mask, *cuts)
+    return plan, theta
 
 
 def conditional(d: Tensor) -> Tensor:
@@ -145,8 +146,8 @@ def _solve(
     centre: Tensor,
     edge: Tensor,
     active: Tensor,
-) -> Tensor:
-    """pi, (*batch, k + 1, n)."""
+) -> tuple[Tensor, Tensor]:
+    """pi, (*batch, k + 1, n), and theta, (*batch, k)."""
     batch, n, k, t = x.shape[:-1], x.shape[-1], centre.shape[-1], head.shape[-1]
     rows = batch.numel()
     x, scale, gaps, centre, active = (
@@ -240,7 +241,7 @@ def _solve(
     plan.scatter_(-1, head.unsqueeze(1).expand(rows, k + 1, t), pi.to(x.dtype))
     if valid is not None:
         plan.masked_fill_(~valid.unsqueeze(1), 0)
-    return plan.reshape(*batch, k + 1, n)
+    return plan.reshape(*batch, k + 1, n), theta.to(x.dtype).reshape(*batch, k)
 
 
 _solve_op = torch.library.custom_op("couplings::sorted_plan", _solve, mutates_args=())
@@ -258,8 +259,8 @@ def _(
     centre: Tensor,
     edge: Tensor,
     active: Tensor,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], centre.shape[-1] + 1, x.shape[-1]))
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty((*x.shape[:-1], centre.shape[-1] + 1, x.shape[-1])), torch.empty_like(centre)
 
 
 class _SortedPlan(torch.autograd.Function):
@@ -276,25 +277,25 @@ class _SortedPlan(torch.autograd.Function):
         centre: Tensor,
         edge: Tensor,
         active: Tensor,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         solve = _solve_op if torch.compiler.is_compiling() else _solve
-        plan: Tensor = solve(x, scale, gaps, weights, mask, head, share, centre, edge, active)
-        return plan
+        plan, theta = solve(x, scale, gaps, weights, mask, head, share, centre, edge, active)
+        return plan, theta
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, scale, gaps, _, weights, _, _, _, centre, _, _ = inputs
-        ctx.save_for_backward(x, scale, gaps, weights, centre, output)
+        ctx.save_for_backward(x, scale, gaps, weights, centre, output[0])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiable in the output itself, hence to any order (README.md, "Gradient of sorted targets")."""
+    def backward(ctx: Any, plan_grad: Tensor, theta_grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiable in the plan itself, hence to any order (README.md, "Gradient of sorted targets")."""
         x, scale, gaps, weights, centre, pi = ctx.saved_tensors
         lo, up = tails(pi)
-        direct = _covariance(pi, lo, up, grad)
+        direct = _covariance(pi, lo, up, plan_grad)
         weighted = up if weights is None else up * weights.unsqueeze(-2)
         # H lambda = e, scaled to a unit diagonal by constants; a cut that no mass crosses decouples
-        pull = direct.sum(-1, dtype=torch.float64)
+        pull = direct.sum(-1, dtype=torch.float64) + theta_grad
         curvature = _crossing(lo.double(), weighted.double())
         diagonal = curvature.detach().diagonal(dim1=-2, dim2=-1)
         crossed = diagonal > torch.finfo(x.dtype).tiny ** 0.75
@@ -304,12 +305,14 @@ class _SortedPlan(torch.autograd.Function):
         shift = _crossing_apply(lo, up, price.to(x.dtype).unsqueeze(-1))
         log_odds_grad = direct - (shift if weights is None else shift * weights.unsqueeze(-2))
         shared = (log_odds_grad * gaps.unsqueeze(-1)).sum(-2)
-        # log_odds_grad sums to 0 over a row, so any centre serves
-        offset = x - (centre[..., -1:] if centre.shape[-1] else x[..., :1]).detach()
-        scale_grad = (shared * offset).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
-        gaps_grad = upto_grad = weights_grad = None
+        # log_odds_grad sums to -theta_grad over a row; measured from the last cut, only theta feels where the others are
+        origin = centre[..., -1:].detach() if centre.shape[-1] else x[..., :1].detach()
+        offset, missed = x - origin, theta_grad * (centre - origin)
+        scale_grad = gaps_grad = upto_grad = weights_grad = None
+        if ctx.needs_input_grad[1]:
+            scale_grad = (shared * offset).sum(-1, keepdim=True) + (missed * gaps).sum(-1, keepdim=True)
         if ctx.needs_input_grad[2]:
-            gaps_grad = (log_odds_grad * offset.unsqueeze(-2)).sum(-1) * scale
+            gaps_grad = ((log_odds_grad * offset.unsqueeze(-2)).sum(-1) + missed) * scale
         if ctx.needs_input_grad[3]:
             upto_grad = -price.to(x.dtype)
         if ctx.needs_input_grad[4]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from couplings._rowwise import by_rows, vmap_rows
+from couplings._rowwise import apply, by_rows, vmap_rows
 
 PASSES = 12
 """Most evaluations of the row; 6 is the most that any tested row needed."""
@@ -104,7 +104,7 @@ def soft_threshold(
     Returns:
         A, (*batch, n) in [0, 1], exactly 0 where masked; differentiable to any order in x, scale, mass and weights.
     """
-    plan, _ = _SoftThreshold.apply(x, scale, mass, weights, mask, *cut)
+    plan: Tensor = apply(_SoftThreshold, x, scale, mass, weights, mask, *cut)[0]
     return plan
 
 
