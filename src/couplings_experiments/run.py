@@ -124,6 +124,8 @@ def _agreed(asked: Request, stored: Request, given: frozenset[str]) -> Request:
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "left to the preset"
     return " ".join(value) if isinstance(value, list) else str(value)
 
 

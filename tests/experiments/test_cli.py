@@ -160,7 +160,7 @@ def test_struck_in_the_middle_and_resumed_it_ends_with_the_same_table(finished, 
     assert run(list(map(str, arguments))) == 1
     assert "unfinished run" in one_line(capsys.readouterr().err)
     assert run([*map(str, arguments), "--resume", "--seeds", "2"]) == 1
-    assert "started with seeds None, not 2" in one_line(capsys.readouterr().err)
+    assert "started with seeds left to the preset, not 2" in one_line(capsys.readouterr().err)
     assert run(["reproduce", "--out", str(out), "--resume"]) == 0
     assert "continuing" in capsys.readouterr().out
     assert table(out) == table(finished)

@@ -17,7 +17,7 @@ EXAMPLE = [0.4, 0.7, 2.3, 1.9, -0.2, 1.4, 0.1]
 STEP_EPSILONS = [0.1, 0.5, 2.0]
 PLAN_EPSILONS = [0.05, 0.5, 2.0]
 GAUSSIAN_EPSILONS = [0.1, 0.3, 1.0, 3.0]
-ARROW_EPSILON = 1.0
+ARROW_EPSILON = 3.0  # of raw scores: standardising them would add the pull of their spread to every arrow
 
 
 def run(context: Context) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _sorted_plan(scores: Tensor, k: int, epsilon: float) -> Tensor:
 def _arrows(chosen: list[int]) -> dict[str, Any]:
     """Gradient of the soft weight of ``chosen`` among the 3 smallest of 0..9, with respect to the scores."""
     scores = torch.arange(10.0, dtype=torch.float64, requires_grad=True)
-    weights = cp.soft_topk_mask(scores, 3, largest=False, epsilon=ARROW_EPSILON)
+    weights = cp.soft_topk_mask(scores, 3, largest=False, epsilon=ARROW_EPSILON, standardize=False)
     (gradient,) = torch.autograd.grad(weights[chosen].sum(), scores)
     return {"chosen": chosen, "weights": weights.tolist(), "gradient": gradient.tolist()}
 
@@ -94,7 +94,7 @@ def _sums(result: dict[str, Any]) -> str:
     worst = max(worst, *(abs(sum(weights) - 5) for weights in result["gaussian"]["soft"]))
     return (
         f"over all curves and scatter plots below, its weights miss the sum k by at most {worst:.1e}. "
-        "Epsilon is in standard deviations of the scores throughout."
+        "Epsilon is in standard deviations of the scores, but for the arrows."
     )
 
 
@@ -204,7 +204,8 @@ def _draw_arrows(arrows: list[dict[str, Any]], last: list[int]) -> Figure:
     return Figure(
         out[-1],
         "Arrows show where each score moves if the soft weight of the filled points among the 3 smallest is to grow "
-        "(gradient, one common scale; dashed: the boundary between third and fourth). The score that moves most is "
+        "(gradient on raw scores, one common scale; dashed: the boundary between "
+        "third and fourth). The score that moves most is "
         f"{last[0]} in the upper picture, {last[1]} in the lower.",
         "Two rows of the scores 0 to 9 with arrows. "
         + " ".join(
@@ -230,11 +231,12 @@ def _arrow_row(place: Any, arrow: dict[str, Any], scale: float) -> None:
             edgecolors=COLOURS[0],
             color=COLOURS[0] if chosen else "#ffffff",
         )
+        height = 0.4 + 0.3 * (score % 2)  # neighbours' arrows may cross
         if abs(value * scale) > 0.03:
             place.annotate(
                 "",
-                (score + value * scale, 0.55),
-                (score, 0.55),
+                (score + value * scale, height),
+                (score, height),
                 arrowprops={
                     "arrowstyle": "-|>",
                     "color": COLOURS[1],
