@@ -38,7 +38,7 @@ def all_true() -> Callable[[Tensor], bool]:
         if not pending:
             host = torch.empty((), dtype=torch.bool, pin_memory=True)
             host.copy_(done.all(), non_blocking=True)
-            event: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event: Any = torch.cuda.Event()
             event.record()
             pending.append((host, event))
         return False

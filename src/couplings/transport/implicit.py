@@ -47,7 +47,8 @@ def density(
         y = (potential[..., :, None] - cost) / epsilon[..., None, None]
         with torch.no_grad():
             top = y.amax(-2)
-        e = (y - top[..., None, :]).clamp_min(DEEP).exp()
+        e = y - top[..., None, :]
+        e = e.clamp_min(DEEP).exp() if torch.is_grad_enabled() else e.clamp_(DEEP).exp_()
         z = (p[..., None, :] @ e)[..., 0, :]
         return y, top + z.log(), e / z[..., None, :]
     idle = (p == 0)[..., :, None] & (q == 0)[..., None, :]
@@ -125,7 +126,7 @@ def schur_solve(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
     ``right`` is projected onto the range (zero sum); the null direction is the constant.
     """
     right = right - p * right.sum(-1, keepdim=True)
-    v: Tensor = _SchurSolve.apply(pi, p, q, right)  # type: ignore[no-untyped-call]
+    v: Tensor = _SchurSolve.apply(pi, p, q, right)
     return v - (p * v).sum(-1, keepdim=True)
 
 

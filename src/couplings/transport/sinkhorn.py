@@ -205,10 +205,11 @@ def _run_sweeps(x: Tensor, p: Tensor, q: Tensor, iterations: int, low: bool) -> 
         torch.float32 if low else torch.float64,
     )
     hs, es = [state.first[0][None]], [state.first[1][None]]
-    for start in range(1, iterations, BLOCK):
-        h, e = state.sweep(min(BLOCK, iterations - start))
-        hs.append(h)
-        es.append(e)
+    with torch.autocast(x.device.type, enabled=False):  # it would run the mat-vecs in half precision
+        for start in range(1, iterations, BLOCK):
+            h, e = state.sweep(min(BLOCK, iterations - start))
+            hs.append(h)
+            es.append(e)
     h = torch.cat(hs).movedim(0, 1)
     e = torch.cat(es).movedim(0, 1)
     h = torch.where(state.some_p[:, None, :], h, 0.0)
