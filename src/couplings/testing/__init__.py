@@ -1,1 +1,6 @@
+"""Problems with known difficulties, independent float64 oracles: what the library tests itself with, and yours too."""
 
+from couplings.testing.scores import SCORE_KINDS, score_rows
+from couplings.testing.thresholds import sorted_plan_by_sinkhorn, topk_mask_by_bisection
+
+__all__ = ["SCORE_KINDS", "score_rows", "sorted_plan_by_sinkhorn", "topk_mask_by_bisection"]
