@@ -214,7 +214,7 @@ def prepare(
     if row_mask is not None or column_mask is not None:
         full = torch.where(rows[..., :, None] & columns[..., None, :], full, 0.0)
 
-    low, high = torch.aminmax(full.detach().flatten(-2), dim=-1)  # NaN where there is one
+    low, high = full.detach().amin((-1, -2)), full.detach().amax((-1, -2))  # NaN where there is one
     nonfinite = ~(low > -torch.inf) | high.isnan()
     nonfinite = nonfinite | ~given_a.isfinite().all(-1) | ~given_b.isfinite().all(-1) | ~eps.isfinite()
     negative_a, negative_b = (given_a < 0).any(-1), (given_b < 0).any(-1)

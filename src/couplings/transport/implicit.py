@@ -48,9 +48,10 @@ def density(
         with torch.no_grad():
             top = y.amax(-2)
         e = y - top[..., None, :]
-        e = e.clamp_min(DEEP).exp() if torch.is_grad_enabled() else e.clamp_(DEEP).exp_()
+        recorded = torch.is_grad_enabled()
+        e = e.clamp_min(DEEP).exp() if recorded else e.clamp_(DEEP).exp_()
         z = (p[..., None, :] @ e)[..., 0, :]
-        return y, top + z.log(), e / z[..., None, :]
+        return y, top + z.log(), e / z[..., None, :] if recorded else e.div_(z[..., None, :])
     idle = (p == 0)[..., :, None] & (q == 0)[..., None, :]
     idle = idle | (cost == torch.inf)
     y = (potential[..., :, None] - torch.where(idle, 0.0, cost)) / epsilon[..., None, None]

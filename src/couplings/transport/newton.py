@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -13,19 +15,43 @@ DENSE_LIMIT = 256  # shorter side up to which one factorisation is cheaper than 
 HYBRID_LIMIT = 2048  # up to here "auto" may factorise a step that conjugate gradients do not finish
 CHUNK = 2**16  # entries of a batch that are worked on together on a CPU: what stays in cache
 
-FLOOR = -500.0  # logits below it are e^-500, which no float64 sum can tell from 0; exp of less is slow
 ANNEAL_FROM = 16.0  # logits of the first, warmest problem span this much
 ANNEAL_BY = 2.0  # inverse temperature grows by this factor
 ANNEAL_AT = 1e-2  # residual at which it grows
 WARM_SWEEPS = 3  # Sinkhorn sweeps after each change of temperature
 LEVENBERG = 1e-3  # damping relative to the residual
-LONGEST_STEP = 50.0  # logits
+SWEEP_LIMIT = 1e30  # factor by which a Sinkhorn sweep may move one entry
 TRIALS = 8  # step lengths tried
 SHRINK = 0.4
-FAR = 100.0  # logits that potentials may move before the kernel is evaluated again
 REFRESH = 8  # steps between two evaluations of the kernel from its logits
-PATIENCE = 60  # steps without progress after which an item has stalled
-BALANCE = 1e-6  # also asked of every single column: largest relative error, so that small masses count
+
+
+class _Precision(NamedTuple):
+    """What depends on the precision of the kernel and its mat-vecs."""
+
+    dtype: torch.dtype
+    floor: float  # logits below it are cut off: their sum cannot be told from 0, and exp of less is slow
+    far: float  # logits by which potentials may move before the kernel is evaluated again
+    rise: float  # rises of the semi-dual below it are rounding
+    longest: float  # longest step in logits; what was cut off must stay negligible
+    patience: int  # steps without progress after which an item has stalled
+    balance: float  # also asked of every single column: its relative error, so that small masses count
+
+
+HIGH = _Precision(torch.float64, -500.0, 100.0, 1e-12, 50.0, 60, 1e-6)
+LOW = _Precision(torch.float32, -80.0, 20.0, 1e-5, 20.0, 6, torch.inf)
+LOW_SIZE = 2**14  # entries of a problem from which it pays
+LOW_REACH = 3e-7  # residual that float32 mat-vecs can reach
+LOW_HANDOVER = 1e-5  # residual at which they hand over, if more is asked
+
+
+class _State(NamedTuple):
+    """Where an item stands, all ``(B, ...)``."""
+
+    h: Tensor  # potential in logits
+    beta: Tensor  # inverse temperature, 1 = the problem
+    taken: Tensor  # Newton steps
+    warm: Tensor  # the temperature has just changed
 
 
 def newton_potential(
@@ -63,30 +89,46 @@ def newton_potential(
 def _solve_chunk(
     x: Tensor, p: Tensor, q: Tensor, method: str, tolerance: float, iterations: int
 ) -> tuple[Tensor, Tensor]:
-    """The loop, in logits: ``h = ghat / epsilon``, ``x = C / epsilon``."""
-    log_p = p.log()
-    counted = (p > 0)[:, :, None] & (q > 0)[:, None, :] & ~x.isinf()
-    span = x.masked_fill(~counted, -torch.inf).amax((-1, -2)) - x.masked_fill(~counted, torch.inf).amin(
-        (-1, -2)
+    """In logits: ``h = ghat / epsilon``, ``x = C / epsilon``. Large problems begin with a float32 kernel."""
+    state = _State(
+        h=torch.zeros_like(p),
+        beta=ANNEAL_FROM / _span(x, p, q).clamp_min(ANNEAL_FROM),
+        taken=torch.zeros_like(p[:, 0], dtype=torch.int64),
+        warm=torch.ones_like(p[:, 0], dtype=torch.bool),
     )
-    beta = (ANNEAL_FROM / span.clamp_min(ANNEAL_FROM)).clamp_max(1.0)  # inverse temperature, 1 = the problem
-    del counted
-    h = torch.zeros_like(p)
-    pi = _kernel(x, h, beta, log_p)
-    warm = torch.ones_like(beta, dtype=torch.bool)  # items whose temperature has just changed
+    if x.shape[-1] * x.shape[-2] >= LOW_SIZE:
+        reachable = tolerance if tolerance >= LOW_REACH else LOW_HANDOVER
+        state = _iterate(x, p, q, state, method, reachable, iterations, LOW)
+    state = _iterate(x, p, q, state, method, tolerance, iterations, HIGH)
+    return fill_zero_masses(x, state.h, p, q), state.taken
+
+
+def _iterate(
+    x: Tensor,
+    p: Tensor,
+    q: Tensor,
+    state: _State,
+    method: str,
+    tolerance: float,
+    iterations: int,
+    precision: _Precision,
+) -> _State:
+    """Steps in one precision until every item is done; potentials are float64 in both."""
+    log_p = p.log()
+    h, beta, taken, warm = state.h, state.beta, state.taken, state.warm
+    pi, reference = _kernel(x, h, beta, log_p, precision), h
     done = torch.zeros_like(warm)
     best, best_h = torch.full_like(beta, torch.inf), h
     since = torch.zeros_like(beta)
-    taken = torch.zeros_like(beta, dtype=torch.int64)
     stop = all_true()
     for step in range(iterations):
-        stale = ~done & (step % REFRESH == REFRESH - 1)
         if any_true(warm):
-            swept, pi = _sweeps(pi, h, p, q, warm)
-            stale = stale | ((swept - h).abs().amax(-1) > FAR)
-            h = swept
+            h, pi = _sweeps(pi, h, p, q, warm)
+        stale = ~done & ((h - reference).abs().amax(-1) > precision.far)
+        stale = stale | (~done & (step % REFRESH == REFRESH - 1))
         if any_true(stale):
-            pi = _choose(stale, _kernel(x, h, beta, log_p), pi)
+            pi = _choose(stale, _kernel(x, h, beta, log_p, precision), pi)
+            reference = torch.where(stale[:, None], h, reference)
         s = times(pi, q)
         r = p - s
         error = r.abs().sum(-1)
@@ -96,8 +138,8 @@ def _solve_chunk(
         since = torch.where(cold & ~(error < 0.9 * best), since + 1, 0)
         best, best_h = torch.where(better, error, best), torch.where(better[:, None], h, best_h)
         balance = torch.where(p > 0, (s / p - 1).abs(), 0).amax(-1)
-        done = done | ~error.isfinite() | (cold & (error <= tolerance) & (balance <= BALANCE))
-        done = done | (since >= PATIENCE)
+        done = done | ~error.isfinite() | (cold & (error <= tolerance) & (balance <= precision.balance))
+        done = done | (since >= precision.patience)
         if stop(done):
             break
         warm = ~done & ~cold & (error < ANNEAL_AT)
@@ -105,20 +147,20 @@ def _solve_chunk(
         h = h * (colder / beta)[:, None]
         beta = colder
         if any_true(warm):
-            pi = _choose(warm, _kernel(x, h, beta, log_p), pi)
+            pi = _choose(warm, _kernel(x, h, beta, log_p, precision), pi)
+            reference = torch.where(warm[:, None], h, reference)
         moving = ~done & ~warm
         if any_true(moving):
             d = _direction(pi, p, q, r, error, moving, method)
-            v = _step_factor(pi, p, q, s, r, d, error, moving)
+            v = _step_factor(pi, p, q, s, r, d, error, moving, precision)
             h, pi = h + v.log(), _rescale(pi, v, moving)
             taken = taken + moving
-    h = torch.where(best.isfinite()[:, None], best_h, h)
-    return fill_zero_masses(x, h, p, q), taken
+    return _State(torch.where(best.isfinite()[:, None], best_h, h), beta, taken, warm & ~done)
 
 
 def _span(x: Tensor, p: Tensor, q: Tensor) -> Tensor:
     """Range of the logits that take part, ``(B,)``: padding must not change the path of the solve."""
-    low, high = torch.aminmax(x.flatten(1), dim=1)
+    low, high = x.amin((-1, -2)), x.amax((-1, -2))  # torch.aminmax takes ten times as long
     if not any_true(~(high < torch.inf) | (p == 0).any(-1) | (q == 0).any(-1)):
         return high - low
     out = ~((p > 0)[:, :, None] & (q > 0)[:, None, :] & (x < torch.inf))
@@ -132,19 +174,19 @@ def _choose(flag: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(flag[:, None, None], new, old)
 
 
-def _kernel(x: Tensor, h: Tensor, beta: Tensor, log_p: Tensor) -> Tensor:
+def _kernel(x: Tensor, h: Tensor, beta: Tensor, log_p: Tensor, precision: _Precision) -> Tensor:
     """``pi = softmax_j(log p_j + h_j - beta x_jl)``, ``(B, s, l)``."""
     logits = (x * -beta[:, None, None]).add_((log_p + h)[:, :, None])
     top = logits.amax(-2, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)  # a column without an allowed pair has no mass
-    logits.sub_(top).clamp_(min=FLOOR).exp_()
+    logits = logits.sub_(top).to(precision.dtype).clamp_(min=precision.floor).exp_()
     return logits.div_(logits.sum(-2, keepdim=True))
 
 
 def _rescale(pi: Tensor, v: Tensor, active: Tensor) -> Tensor:
     """The kernel after ``h += log v``, in place and without exponentials; an inactive item (v = 1) keeps its bits."""
     z = torch.where(active[:, None], times_transposed(pi, v), 1.0)
-    return pi.mul_(v[:, :, None]).div_(z[:, None, :])
+    return pi.mul_(v[:, :, None].to(pi.dtype)).div_(z[:, None, :].to(pi.dtype))
 
 
 def _sweeps(pi: Tensor, h: Tensor, p: Tensor, q: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +195,7 @@ def _sweeps(pi: Tensor, h: Tensor, p: Tensor, q: Tensor, active: Tensor) -> tupl
     use = active[:, None] & (p > 0)
     for _ in range(WARM_SWEEPS):
         s = times(pi, q / times_transposed(pi, v))  # the mass that column scalings v give is v * s
-        v = torch.where(use, (p / s).clamp(1e-200, 1e200), v)
+        v = torch.where(use, (p / s).clamp(1 / SWEEP_LIMIT, SWEEP_LIMIT), v)
     return h + v.log(), _rescale(pi, v, active)
 
 
@@ -161,6 +203,7 @@ def _direction(
     pi: Tensor, p: Tensor, q: Tensor, r: Tensor, error: Tensor, moving: Tensor, method: str
 ) -> Tensor:
     lam = LEVENBERG * error
+    r = r - p * r.sum(-1, keepdim=True)  # float32 mat-vecs leave a sum
     short = pi.shape[-2]
     if method == "newton" or (method == "auto" and short <= DENSE_LIMIT):
         d = dense_direction(pi, p, q, r, lam)
@@ -175,7 +218,15 @@ def _direction(
 
 
 def _step_factor(
-    pi: Tensor, p: Tensor, q: Tensor, s: Tensor, r: Tensor, d: Tensor, error: Tensor, moving: Tensor
+    pi: Tensor,
+    p: Tensor,
+    q: Tensor,
+    s: Tensor,
+    r: Tensor,
+    d: Tensor,
+    error: Tensor,
+    moving: Tensor,
+    precision: _Precision,
 ) -> Tensor:
     """``v = exp(t d)`` for the first accepted length, one Sinkhorn sweep if there is none, 1 if not moving.
 
@@ -183,7 +234,7 @@ def _step_factor(
     the residual falls.
     """
     slope = (r * d).sum(-1)
-    length = (LONGEST_STEP / d.abs().amax(-1)).clamp_max(1.0)
+    length = (precision.longest / d.abs().amax(-1)).clamp_max(1.0)
     accepted = ~moving
     factor = torch.ones_like(p)
     for _ in range(TRIALS):
@@ -191,12 +242,12 @@ def _step_factor(
         z = times_transposed(pi, v)
         rise = length * (p * d).sum(-1) - (q * z.log()).sum(-1)
         error_there = (p - v * times(pi, q / z)).abs().sum(-1)
-        good = (slope > 0) & (rise > 1e-12) & (rise >= 1e-4 * length * slope)
+        good = (slope > 0) & (rise > precision.rise) & (rise >= 1e-4 * length * slope)
         good = good | (error_there <= 0.7 * error)
         factor = torch.where((good & ~accepted)[:, None], v, factor)
         accepted = accepted | good
         if not any_true(~accepted):
             return factor
         length = torch.where(accepted, length, SHRINK * length)
-    sweep = torch.where(p > 0, (p / s).clamp(1e-200, 1e200), 1.0)
+    sweep = torch.where(p > 0, (p / s).clamp(1 / SWEEP_LIMIT, SWEEP_LIMIT), 1.0)
     return torch.where(accepted[:, None], factor, sweep)

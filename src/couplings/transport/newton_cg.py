@@ -18,13 +18,13 @@ RIDGE = 1e-14  # relative; bounds the answer along blocks that float64 cannot te
 
 
 def times(kernel: Tensor, vector: Tensor) -> Tensor:
-    """``kernel @ vector`` for ``(B, s, l)`` and ``(B, l)``."""
-    return (kernel @ vector[..., None])[..., 0]
+    """``kernel @ vector`` for ``(B, s, l)`` and ``(B, l)``, in the kernel's precision."""
+    return (kernel @ vector[..., None].to(kernel.dtype))[..., 0].to(vector.dtype)
 
 
 def times_transposed(kernel: Tensor, vector: Tensor) -> Tensor:
-    """``kernel' @ vector`` for ``(B, s, l)`` and ``(B, s)``."""
-    return (vector[..., None, :] @ kernel)[..., 0, :]
+    """``kernel' @ vector`` for ``(B, s, l)`` and ``(B, s)``, in the kernel's precision."""
+    return (vector[..., None, :].to(kernel.dtype) @ kernel)[..., 0, :].to(vector.dtype)
 
 
 def dense_direction(pi: Tensor, p: Tensor, q: Tensor, r: Tensor, lam: Tensor) -> Tensor:
@@ -44,8 +44,8 @@ def dense_direction(pi: Tensor, p: Tensor, q: Tensor, r: Tensor, lam: Tensor) ->
     Returns:
         ``(B, s)``, NaN where the factorisation failed.
     """
-    half = pi * q.sqrt()[:, None, :]
-    weights = half @ half.mT
+    half = pi * q.sqrt()[:, None, :].to(pi.dtype)
+    weights = (half @ half.mT).to(p.dtype)
     weights.diagonal(dim1=-2, dim2=-1).zero_()
     diagonal = weights.sum(-1)
     scale = (diagonal + lam[:, None] * p).clamp_min(TINY)

@@ -39,6 +39,7 @@ class Absorbed:
         self.x, self.p, self.q, self.dtype = x, p, q, dtype
         self.log_p, self.log_q = p.log(), q.log()
         self.some_p, self.some_q = p > 0, q > 0
+        self.zeros = any_true(~self.some_p.all(-1) | ~self.some_q.all(-1))
         self.p_low, self.q_low = p.to(dtype), q.to(dtype)
         # lowest logit kept in the kernel, and log scalings up to which what was cut off is negligible
         self.floor, self.drift = (-500.0, 200.0) if dtype == torch.float64 else (-80.0, 20.0)
@@ -58,14 +59,18 @@ class Absorbed:
     def absorb(self, h: Tensor, e: Tensor) -> Tensor:
         """``exp(h + e - x)``, exactly zero where a mass is."""
         logits = (h[:, :, None] + e[:, None, :] - self.x).to(self.dtype).clamp_(min=self.floor).exp_()
-        return logits.mul_(self.some_p[:, :, None]).mul_(self.some_q[:, None, :])
+        if self.zeros:
+            logits = logits.mul_(self.some_p[:, :, None]).mul_(self.some_q[:, None, :])
+        return logits
 
     def sweep(self, count: int) -> tuple[Tensor, Tensor]:
         """``count`` more sweeps; returns all their potentials, ``(count, B, s)`` and ``(count, B, l)``."""
         vs, us, v = [], [], self.v
         for _ in range(count):
-            u = torch.where(self.some_q, self.q_low / times_transposed(self.kernel, v), 0.0)
-            v = torch.where(self.some_p, self.p_low / times(self.kernel, u), 0.0)
+            u = self.q_low / times_transposed(self.kernel, v)
+            u = torch.where(self.some_q, u, 0.0) if self.zeros else u
+            v = self.p_low / times(self.kernel, u)
+            v = torch.where(self.some_p, v, 0.0) if self.zeros else v
             us.append(u)
             vs.append(v)
         log_v, log_u = torch.stack(vs).to(self.x.dtype).log(), torch.stack(us).to(self.x.dtype).log()
