@@ -75,7 +75,9 @@ def mask(x: Tensor, k: int, epsilon: float, *, sweeps: int = 200, stabilized: bo
     n = x.shape[-1]
     cost = (standardize(x)[..., None] - x.new_tensor([0.0, 1.0])) ** 2
     b = x.new_tensor([(n - k) / n, k / n])
-    plan: Tensor = SinkhornPlan.apply(cost, x.new_full((n,), 1 / n), b, epsilon, sweeps, stabilized)
+    plan: Tensor = SinkhornPlan.apply(  # type: ignore[no-untyped-call]
+        cost, x.new_full((n,), 1 / n), b, epsilon, sweeps, stabilized
+    )
     return plan[..., 1] * n
 
 
@@ -86,7 +88,9 @@ def sorted_topk(
     n = x.shape[-1]
     cost = (standardize(x)[..., None] - torch.arange(k + 1, dtype=x.dtype)) ** 2
     b = x.new_tensor([(n - k) / n] + [1 / n] * k)
-    plan: Tensor = SinkhornPlan.apply(cost, x.new_full((n,), 1 / n), b, epsilon, sweeps, stabilized)
+    plan: Tensor = SinkhornPlan.apply(  # type: ignore[no-untyped-call]
+        cost, x.new_full((n,), 1 / n), b, epsilon, sweeps, stabilized
+    )
     weights = plan[..., 1:].flip(-1).mT * n
     return (weights @ x[..., None])[..., 0], weights
 

@@ -69,18 +69,18 @@ def check(function, argument, options, error):
     assert type(caught.value) is error
 
 
-@pytest.mark.parametrize("argument, options, error", MASK + ONLY_MASK)
+@pytest.mark.parametrize(("argument", "options", "error"), MASK + ONLY_MASK)
 def test_mask(argument, options, error):
     check(cp.soft_topk_mask, argument, options, error)
 
 
-@pytest.mark.parametrize("argument, options, error", MASK + ONLY_SORTED)
+@pytest.mark.parametrize(("argument", "options", "error"), MASK + ONLY_SORTED)
 def test_sorted(argument, options, error):
     check(cp.soft_topk, argument, options, error)
 
 
 @pytest.mark.parametrize(
-    "argument, options, error",
+    ("argument", "options", "error"),
     [
         ("x", {"x": torch.arange(5)}, TypeError),
         ("x", {"x": torch.randn(0)}, ValueError),

@@ -28,8 +28,8 @@ def operator(form, method):
     return function
 
 
-cases = pytest.mark.parametrize("form, method", CASES)
-quiet = pytest.mark.parametrize("form, method", [case for case in CASES if case[1] != "gumbel"])
+cases = pytest.mark.parametrize(("form", "method"), CASES)
+quiet = pytest.mark.parametrize(("form", "method"), [case for case in CASES if case[1] != "gumbel"])
 seeds = st.integers(0, 2**31 - 1)
 exponents = st.sampled_from([0, 1, 2, 4, 6])
 
@@ -137,7 +137,7 @@ def test_order_is_preserved(form, method, seed):
         return
     x, k, _ = draw(seed)
     mask = operator(form, method)(x, k)
-    ordered = mask.gather(-1, x.argsort(-1, stable=True))
+    ordered = mask.gather(-1, x.argsort(dim=-1, stable=True))
     assert (ordered.diff(dim=-1) >= -1e-12).all()
 
 
@@ -147,7 +147,7 @@ def test_limits_of_epsilon(form, method, seed):
     if method not in EXACT:
         return
     x, k, _ = draw(seed, n=12)
-    x = x + torch.arange(12, dtype=x.dtype)  # no near ties
+    x = x.sort(-1).values + torch.arange(12, dtype=x.dtype)  # no near ties
     function = operator(form, method)
     torch.testing.assert_close(function(x, k, epsilon=1e-7), function(x, k, epsilon=0), atol=1e-9, rtol=0)
     if form == "mask" and method != "sparse":
@@ -161,7 +161,8 @@ def test_inputs_are_not_modified_and_results_repeat(form, method):
     kept = x.clone(), mask.clone()
     first = operator(form, method)(x, 4, mask=mask)
     assert torch.equal(first, operator(form, method)(x, 4, mask=mask))
-    assert torch.equal(x, kept[0]) and torch.equal(mask, kept[1])
+    assert torch.equal(x, kept[0])
+    assert torch.equal(mask, kept[1])
 
 
 @quiet
@@ -180,6 +181,10 @@ def test_any_dimension_and_layout(form, method):
 @given(seed=seeds, exponent=exponents)
 def test_gradients_are_finite(form, method, seed, exponent):
     x, k, generator = draw(seed, dtype=torch.float32)
+    if method == "softmax":
+        exponent = min(
+            exponent, 2
+        )  # its gradient is a product of up to k factors 1 / epsilon: selection/README.md
     x.requires_grad_()
     out = operator(form, method)(x, k, epsilon=10.0**-exponent)
     out.backward(torch.randn(out.shape, generator=generator))
@@ -226,7 +231,16 @@ def test_modules_equal_functions_and_survive_copies(module, tmp_path):
     expected = function(x, 3, epsilon=module.epsilon, largest=module.largest)
     path = tmp_path / "module.pt"
     torch.save(module, path)
-    for form in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(path, weights_only=False)):
+    for form in (
+        module,
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(path, weights_only=False),
+    ):
         actual = form(x)
-        assert all(map(torch.equal, actual, expected)) if isinstance(expected, tuple) else torch.equal(actual, expected)
+        assert (
+            all(map(torch.equal, actual, expected))
+            if isinstance(expected, tuple)
+            else torch.equal(actual, expected)
+        )
     assert "k=3" in repr(module)

@@ -65,7 +65,8 @@ def test_residual_bar(kind, dtype):
                 mask = cp.soft_topk_mask(x, k, epsilon=10.0**-exponent).double()
                 residual = 2 * (mask.sum(-1) - k).abs().amax() / n
                 assert residual <= BAR[dtype], (n, k, exponent)
-                assert mask.amin() >= 0 and mask.amax() <= 1
+                assert mask.amin() >= 0
+                assert mask.amax() <= 1
 
 
 @pytest.mark.parametrize("kind", SCORE_KINDS)
@@ -94,7 +95,8 @@ def test_gradients_of_scores(method, epsilon, standardize):
     def function(x):
         return call(x, 4, method, epsilon=epsilon, standardize=standardize)
 
-    assert gradcheck(function, x) and gradgradcheck(function, x)
+    assert gradcheck(function, x)
+    assert gradgradcheck(function, x)
 
 
 @pytest.mark.parametrize("method", THRESHOLDS)
@@ -110,7 +112,8 @@ def test_gradients_of_weights_k_and_epsilon(method):
         return call(x, k, method, weights=weights, epsilon=epsilon, mask=mask)
 
     inputs = (x, weights, k, epsilon)
-    assert gradcheck(function, inputs) and gradgradcheck(function, inputs)
+    assert gradcheck(function, inputs)
+    assert gradgradcheck(function, inputs)
 
 
 def test_gradient_equals_unrolled_sinkhorn():
@@ -131,7 +134,7 @@ def test_gradient_equals_unrolled_sinkhorn():
     torch.testing.assert_close(actual, expected, atol=1e-8, rtol=0)
 
 
-@pytest.mark.parametrize("n, k", [(50, 5), (1000, 500), (10, 9)])
+@pytest.mark.parametrize(("n", "k"), [(50, 5), (1000, 500), (10, 9)])
 def test_bias_bound(n, k):
     """||P_eps - P_0||_F <= eps ln 2 / gap, raw scores: the corrected form of the paper's Theorem 2."""
     for seed in range(20):
@@ -189,7 +192,8 @@ def test_constant_row_is_uniform_with_the_centring_gradient():
 
 def test_sparse_has_exact_zeros_and_ones():
     mask = cp.soft_topk_mask(torch.randn(8, 100), 10, method="sparse")
-    assert (mask == 0).any(-1).all() and (mask == 1).any(-1).all()
+    assert (mask == 0).any(-1).all()
+    assert (mask == 1).any(-1).all()
     projection = cp.soft_topk_mask(EXAMPLE, 3, method="sparse", p=2, epsilon=1.0, standardize=False)
     low, high = EXAMPLE.min() - 2, EXAMPLE.max()
     for _ in range(200):  # clip((x - t), 0, 1) sums to 3: the Euclidean projection onto the hypersimplex
@@ -212,7 +216,8 @@ def test_half_precision_and_autocast(dtype):
     assert mask.dtype == dtype
     assert torch.equal(mask, cp.soft_topk_mask(x.float(), 5).to(dtype))
     mask.square().sum().backward()
-    assert x.grad.dtype == dtype and x.grad.isfinite().all()
+    assert x.grad.dtype == dtype
+    assert x.grad.isfinite().all()
     single = x.detach().float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(cp.soft_topk_mask(single, 5), cp.soft_topk_mask(single, 5))

@@ -29,7 +29,7 @@ def test_equals_dense_solver(epsilon):
 
 
 @pytest.mark.parametrize("kind", SCORE_KINDS)
-@pytest.mark.parametrize("dtype, bar", [(torch.float64, 1e-9), (torch.float32, 2e-6)])
+@pytest.mark.parametrize(("dtype", "bar"), [(torch.float64, 1e-9), (torch.float32, 2e-6)])
 def test_certificate_is_truthful_at_every_epsilon(kind, dtype, bar):
     x = score_rows(kind, 2, 200, dtype=dtype)
     x = x / x.std(-1, keepdim=True, correction=0).clamp_min(1e-3)
@@ -65,7 +65,8 @@ def test_mask_nan_and_padding():
     x[2, 0] = torch.nan
     coupling = solve_points(x, Y, epsilon=0.1, mask=mask, on_fail="ignore")
     plan = coupling.plan()
-    assert (plan[1, 3:5] == 0).all() and plan[2].isnan().all()
+    assert (plan[1, 3:5] == 0).all()
+    assert plan[2].isnan().all()
     assert coupling.status.tolist() == [cp.Status.CONVERGED, cp.Status.CONVERGED, cp.Status.NONFINITE]
     alone = solve_points(x[1, mask[1]], Y, epsilon=0.1)
     torch.testing.assert_close(plan[1, mask[1]], alone.plan(), atol=1e-12, rtol=0)

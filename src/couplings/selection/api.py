@@ -113,16 +113,13 @@ def soft_topk_mask(
         if mask is not None:
             mask = mask.expand(x.shape)
         rows = prepare(x, dim, largest, weights, mask, standardize)
+        soft: Callable[[Real], Tensor]
         if method == "transport":
             soft = partial(entropic.mask, rows, count)
         elif method in ("laplace", "gaussian", "sparse"):
             soft = partial(families.mask, rows, count, family=method, p=p)
         else:
-            indicators = _indicators(rows, int(k), method, generator)
-
-            def soft(epsilon: Real) -> Tensor:
-                return indicators(epsilon).sum(-2)
-
+            soft = _summed(_indicators(rows, int(k), method, generator))
         plan = _soften(
             lambda: _hard_mask(rows, count), soft, _row_epsilon(epsilon, method, rows.x, dim), hard, rows
         )
@@ -188,7 +185,11 @@ def soft_topk(
     dim = _check_common(x, dim, epsilon, method, SORTED_METHODS, mask, generator)
     if isinstance(k, bool) or not isinstance(k, int):
         _checks.reject(
-            "k", "an int", _checks.describe(k), "Only soft_topk_mask takes fractional and per-row k.", TypeError
+            "k",
+            "an int",
+            _checks.describe(k),
+            "Only soft_topk_mask takes fractional and per-row k.",
+            TypeError,
         )
     if not 1 <= k <= x.shape[dim]:
         _checks.reject("k", f"an int in [1, {x.shape[dim]}], the size of dim {dim}", k, "Lower k.")
@@ -205,7 +206,9 @@ def soft_topk(
             rows,
         )
         # measured from the hard values: the gradient of W @ x cancels between neighbours that nearly tie
-        hard_values = rows.x.detach().masked_fill(~rows.mask, -math.inf) if rows.mask is not None else rows.x.detach()
+        hard_values = (
+            rows.x.detach().masked_fill(~rows.mask, -math.inf) if rows.mask is not None else rows.x.detach()
+        )
         hard_values = hard_values.topk(k, dim=-1).values.unsqueeze(-1)
         hard_values = hard_values.masked_fill(hard_values.isinf(), 0)
         values = (weights * (rows.x.unsqueeze(-2) - hard_values)).sum(-1) + hard_values.squeeze(-1)
@@ -224,6 +227,11 @@ def _indicators(
     return partial(successive.indicators, rows, k, noisy=method == "gumbel", generator=generator)
 
 
+def _summed(indicators: Callable[[Real], Tensor]) -> Callable[[Real], Tensor]:
+    """The mask of sorted indicators: each entry's parts added up."""
+    return lambda epsilon: indicators(epsilon).sum(-2)
+
+
 def _soften(
     discrete: Callable[[], Tensor],
     soft: Callable[[Real], Tensor],
@@ -234,7 +242,7 @@ def _soften(
     """The soft answer, the discrete one at epsilon = 0, or the discrete one with the soft gradient."""
     if not isinstance(epsilon, Tensor) and epsilon == 0:
         exact = discrete()
-        link = 0 * rows.x  # a zero gradient rather than none; NaN rows stay NaN
+        link = (0 * rows.x).sum(-1, keepdim=True)  # a zero gradient rather than none; NaN rows stay NaN
         return exact + (link if exact.dim() == link.dim() else link.unsqueeze(-2))
     relaxed = soft(epsilon)
     if not straight_through:
@@ -257,7 +265,7 @@ def _hard_indicators(rows: Rows, k: int) -> Tensor:
     plan = x.new_zeros((*x.shape[:-1], k, x.shape[-1])).scatter(-1, order, 1.0)
     if rows.mask is None:
         return plan
-    live = torch.arange(k, device=x.device).unsqueeze(-1) < rows.count.unsqueeze(-1)
+    live = torch.arange(k, device=x.device).unsqueeze(-1) < rows.valid_count.unsqueeze(-1)
     return plan * live
 
 
@@ -294,7 +302,9 @@ def _check_common(
             "epsilon", epsilon, (*x.shape[:dim], *x.shape[dim + 1 :]), "one value per row, or a scalar"
         )
         if seen(~(epsilon > 0)):
-            _checks.reject("epsilon", "positive values in a tensor", "some that are not", "Pass 0 as a float.")
+            _checks.reject(
+                "epsilon", "positive values in a tensor", "some that are not", "Pass 0 as a float."
+            )
     elif epsilon is not None:
         if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
             _checks.reject("epsilon", "a float, a tensor or None", _checks.describe(epsilon), "", TypeError)
@@ -307,9 +317,7 @@ def _check_common(
     return dim
 
 
-def _check_k(
-    k: int | float | Tensor, n: int, batch: tuple[int, ...], x: Tensor
-) -> int | Tensor:
+def _check_k(k: int | float | Tensor, n: int, batch: tuple[int, ...], x: Tensor) -> int | Tensor:
     """An int, or a float tensor (*batch, 1)."""
     if isinstance(k, Tensor):
         if k.dtype == torch.bool or k.is_complex():

@@ -16,7 +16,7 @@ def target_mass(rows: Rows, k: int | Tensor) -> Tensor:
     else:
         mass = k.to(rows.x.dtype)
     if rows.weights is not None:
-        mass = mass * rows.weights.sum(-1, keepdim=True) / rows.count.clamp_min(1)
+        mass = mass * rows.weights.sum(-1, keepdim=True) / rows.valid_count.clamp_min(1)
     return mass
 
 

@@ -26,7 +26,8 @@ def cdf(family: str, power: float, u: Tensor) -> Tensor:
         tail = 0.5 * torch.exp(-u.abs())
         return torch.where(u < 0, tail, 1 - tail)
     if family == "gaussian":
-        return torch.special.ndtr(u)
+        normal: Tensor = torch.special.ndtr(u)
+        return normal
     return u.clamp(0, 1) if power == 1 else u.clamp(0, 1) ** power
 
 
@@ -47,9 +48,7 @@ def density(family: str, power: float, u: Tensor) -> Tensor:
     return torch.where(inside, power * torch.where(inside, u, 0.5) ** (power - 1), 0.0)
 
 
-def _solve(
-    family: str, power: float, z: Tensor, above: Tensor, below: Tensor, mask: Tensor | None
-) -> Tensor:
+def _solve(family: str, power: float, z: Tensor, above: Tensor, below: Tensor, mask: Tensor | None) -> Tensor:
     """theta, (*batch, 1): the mass that the soft plan moves down across the cut equals what it moves up."""
     info = torch.finfo(z.dtype)
     span = z if mask is None else z.masked_fill(~mask, 0)

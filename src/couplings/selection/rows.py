@@ -39,7 +39,7 @@ class Rows(NamedTuple):
         return z if self.mask is None else z.masked_fill(~self.mask, 0)
 
     @property
-    def count(self) -> Tensor:
+    def valid_count(self) -> Tensor:
         """Valid entries of each row, (*batch, 1)."""
         if self.mask is None:
             return self.x.new_full((*self.x.shape[:-1], 1), self.x.shape[-1])
@@ -68,9 +68,7 @@ def prepare(
     return _rows(x.masked_fill(~mask, 0), mask, weights, largest, standardize)
 
 
-def _rows(
-    x: Tensor, mask: Tensor | None, weights: Tensor | None, largest: bool, standardize: bool
-) -> Rows:
+def _rows(x: Tensor, mask: Tensor | None, weights: Tensor | None, largest: bool, standardize: bool) -> Rows:
     if not largest:
         x = -x
     if weights is not None and mask is not None:
@@ -85,4 +83,4 @@ def _rows(
 def logit_scale(rows: Rows, epsilon: Real, numerator: float) -> Tensor:
     """numerator / (epsilon std), (*batch, 1); finite however small epsilon is."""
     scale = (numerator / epsilon) / rows.std
-    return scale.clamp_max(torch.finfo(rows.x.dtype).max ** 0.5)
+    return scale.clamp_max(torch.finfo(rows.x.dtype).max / 8)

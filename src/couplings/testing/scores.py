@@ -84,9 +84,7 @@ SCORE_KINDS = tuple(_DRAWS)
 """Names of the distributions that ``score_rows`` draws from."""
 
 
-def score_rows(
-    kind: str, rows: int, n: int, *, dtype: torch.dtype = torch.float64, seed: int = 0
-) -> Tensor:
+def score_rows(kind: str, rows: int, n: int, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
     """Draw rows of scores of one kind.
 
     Args:

@@ -22,6 +22,9 @@ from couplings.transport.threshold import midpoint
 PASSES = 24
 """Most evaluations; 10 is the most that any tested row needed."""
 
+MANY = 16
+"""More cuts than this are solved in float64: the mass at a target is a difference between cuts whose errors add up."""
+
 
 class HardCuts(NamedTuple):
     """The plan at epsilon = 0.
@@ -151,9 +154,12 @@ def _solve(
     batch, n, k, t = x.shape[:-1], x.shape[-1], centre.shape[-1], head.shape[-1]
     rows = batch.numel()
     x, scale, gaps, centre, active = (
-        tensor.reshape(rows, -1) for tensor in (x, scale, gaps, centre, active)
+        tensor.reshape(rows, tensor.shape[-1]) for tensor in (x, scale, gaps, centre, active)
     )
     head, share = head.reshape(rows, t), share.reshape(rows, k, t).double()
+    dtype = x.dtype
+    if k > MANY:
+        x, scale, gaps, centre, edge = (tensor.double() for tensor in (x, scale, gaps, centre, edge))
     info = torch.finfo(x.dtype)
     tolerance = 1e-3 if x.dtype == torch.float32 else 1e-6
     floor = 1e-200
@@ -180,7 +186,7 @@ def _solve(
         if valid is not None:
             distance.masked_fill_(~valid, -math.inf)
         power = torch.mul(distance.unsqueeze(1), reach.unsqueeze(-1)).clamp_(low, 0).exp2_()
-        torch.nn.functional.threshold_(power, 2**low * 1.01, 0.0)
+        torch.threshold_(power, 2**low * 1.01, 0.0)
         d_edge = slopes * (edge.double() - centre.double())
         lower = torch.ones(k, k, dtype=torch.bool, device=x.device).tril()
         share_below = torch.empty_like(power)
@@ -223,7 +229,9 @@ def _solve(
             spread = (rest_mass.unsqueeze(-1) - overlap).triu()
             spread = (spread + spread.triu(1).mT) * torch.minimum(unit.unsqueeze(1), unit.unsqueeze(-1))
             slope = slope + spread * inverse_up.unsqueeze(-1)
-        bare = idle | (slope.diagonal(dim1=-2, dim2=-1) < 1e-6)  # a cut that no soft mass crosses stays where it is
+        bare = idle | (
+            slope.diagonal(dim1=-2, dim2=-1) < 1e-6
+        )  # a cut that no soft mass crosses stays where it is
         slope = torch.where(bare.unsqueeze(-1) | bare.unsqueeze(-2), identity, slope)
         step = torch.linalg.solve_ex(slope, balance.unsqueeze(-1))[0].squeeze(-1)
         # targets that get no mass yet make the matrix singular; then cut by cut
@@ -241,7 +249,7 @@ def _solve(
     plan.scatter_(-1, head.unsqueeze(1).expand(rows, k + 1, t), pi.to(x.dtype))
     if valid is not None:
         plan.masked_fill_(~valid.unsqueeze(1), 0)
-    return plan.reshape(*batch, k + 1, n), theta.to(x.dtype).reshape(*batch, k)
+    return plan.to(dtype).reshape(*batch, k + 1, n), theta.to(dtype).reshape(*batch, k)
 
 
 _solve_op = torch.library.custom_op("couplings::sorted_plan", _solve, mutates_args=())
@@ -291,6 +299,11 @@ class _SortedPlan(torch.autograd.Function):
     def backward(ctx: Any, plan_grad: Tensor, theta_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiable in the plan itself, hence to any order (README.md, "Gradient of sorted targets")."""
         x, scale, gaps, weights, centre, pi = ctx.saved_tensors
+        dtype = x.dtype
+        if pi.shape[-2] > MANY:
+            x, scale, gaps, centre, pi, plan_grad = (
+                tensor.double() for tensor in (x, scale, gaps, centre, pi, plan_grad)
+            )
         lo, up = tails(pi)
         direct = _covariance(pi, lo, up, plan_grad)
         weighted = up if weights is None else up * weights.unsqueeze(-2)
@@ -305,7 +318,7 @@ class _SortedPlan(torch.autograd.Function):
         shift = _crossing_apply(lo, up, price.to(x.dtype).unsqueeze(-1))
         log_odds_grad = direct - (shift if weights is None else shift * weights.unsqueeze(-2))
         shared = (log_odds_grad * gaps.unsqueeze(-1)).sum(-2)
-        # log_odds_grad sums to -theta_grad over a row; measured from the last cut, only theta feels where the others are
+        # log_odds_grad sums to -theta_grad over a row, so only theta feels where the cuts' centres are
         origin = centre[..., -1:].detach() if centre.shape[-1] else x[..., :1].detach()
         offset, missed = x - origin, theta_grad * (centre - origin)
         scale_grad = gaps_grad = upto_grad = weights_grad = None
@@ -317,7 +330,8 @@ class _SortedPlan(torch.autograd.Function):
             upto_grad = -price.to(x.dtype)
         if ctx.needs_input_grad[4]:
             weights_grad = -(price.to(x.dtype).unsqueeze(-1) * up).sum(-2)
-        return shared * scale, scale_grad, gaps_grad, upto_grad, weights_grad, *(None,) * 6
+        grads = shared * scale, scale_grad, gaps_grad, upto_grad, weights_grad
+        return *(None if grad is None else grad.to(dtype) for grad in grads), *(None,) * 6
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:

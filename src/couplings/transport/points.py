@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from couplings._checks import HALF, bool_tensor, broadcastable, describe, real_tensor, reject, same_device, same_dtype
+from couplings._checks import (
+    HALF,
+    bool_tensor,
+    broadcastable,
+    choice,
+    describe,
+    real_tensor,
+    reject,
+    same_device,
+    same_dtype,
+)
 from couplings._rowwise import seen
 from couplings.transport.api import BAR, absolute, certify, masked_log, positive, prepare
 from couplings.transport.coupling import Coupling, Status, act_on_failure
@@ -56,6 +66,7 @@ def solve_points(
         tensor([2, 0, 1])
     """
     _check(x, y, b, mask, tolerance)
+    choice("on_fail", on_fail, ("warn", "raise", "ignore"))
     batch = x.shape[:-1]
     dtype, work = x.dtype, torch.float32 if x.dtype in HALF else x.dtype
     points, targets = x.to(work), y.to(work).expand(*batch, y.shape[-1])
@@ -76,9 +87,7 @@ def solve_points(
     weights = problem.p
     cuts = hard_cuts_weighted(points, upto, weights)
     gaps = targets.diff(dim=-1)
-    inner, theta = sorted_plan(
-        points, 2 / epsilons, gaps, upto.to(work), weights.to(work), mask, cuts
-    )
+    inner, theta = sorted_plan(points, 2 / epsilons, gaps, upto.to(work), weights.to(work), mask, cuts)
     conditional = inner.mT
     poison = problem.poison
 
@@ -102,7 +111,12 @@ def solve_points(
         # log(pi_j / pi_(j-1)) = (g_j - g_(j-1) - C_ij + C_i(j-1)) / epsilon = gap_j (x_i - centre_j) scale + theta_j
         eps = problem.epsilon.unsqueeze(-1)
         y64 = targets.double()
-        steps = eps * theta.double() - 2 * gaps.double() * cuts.centre.double() + y64[..., 1:] ** 2 - y64[..., :-1] ** 2
+        steps = (
+            eps * theta.double()
+            - 2 * gaps.double() * cuts.centre.double()
+            + y64[..., 1:] ** 2
+            - y64[..., :-1] ** 2
+        )
         g = torch.nn.functional.pad(steps.cumsum(-1), (1, 0)) - eps * masked_log(problem.q)
         logits = (g.unsqueeze(-2) - problem.cost) / eps.unsqueeze(-1) + masked_log(problem.q).unsqueeze(-2)
         return -eps * torch.logsumexp(logits, -1), g
@@ -127,7 +141,7 @@ def _check(x: Tensor, y: Tensor, b: Tensor | None, mask: Tensor | None, toleranc
     broadcastable("y", y, (*x.shape[:-1], y.shape[-1]), "one row of targets per row of x")
     if seen(y.diff(dim=-1) < 0):
         reject("y", "rising targets", "some that fall", "Sort y, and b along with it.")
-    if b is not None and isinstance(b, Tensor) and seen(~(b > 0)):
+    if isinstance(b, Tensor) and seen(~(b > 0)):
         reject("b", "positive masses", "some that are not", "Drop the targets without mass.")
     if mask is not None:
         bool_tensor("mask", mask)

@@ -137,7 +137,7 @@ def _solve(
     if not whole:
         # z <= 0 outside the head, so its exponentials are taken once; a pass is then an add, a division and two sums.
         power = (x - centre).mul_(scale * math.log2(math.e)).clamp_(low, 0).exp2_()
-        torch.nn.functional.threshold_(power, 2**low * 1.01, 0.0)
+        torch.threshold_(power, 2**low * 1.01, 0.0)
         power.scatter_(-1, head, 0.0)
         if mask is not None:
             power.masked_fill_(~mask, 0)
@@ -170,7 +170,9 @@ def _solve(
         balance = torch.log(down / up)
         step = (balance / slope.clamp_min_(1e-3)).clamp_(-16, 16)
         theta = torch.where(live, theta - step, theta)
-        live &= (balance * balance > tolerance * tolerance) & (down + up > 1e3 * floor)  # below that, nothing moves
+        live &= (balance * balance > tolerance * tolerance) & (
+            down + up > 1e3 * floor
+        )  # below that, nothing moves
     a = torch.sigmoid(z_head + theta)
     if whole:
         plan.scatter_(-1, head, a)
@@ -178,11 +180,11 @@ def _solve(
     else:
         variance = torch.sub(1, plan, out=power).mul_(plan).scatter_(-1, head, a * b)
         plan.scatter_(-1, head, a)
-    if split or mask is not None:
+    if above is not None and below is not None:
         # a row with nothing below the cut takes all, one with nothing above it takes none
         taken = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-        none = (above == 0).all(-1, keepdim=True)
-        every = (below == 0).all(-1, keepdim=True) & ~none
+        none = torch.eq(above, 0).all(-1, keepdim=True)
+        every = torch.eq(below, 0).all(-1, keepdim=True) & ~none
         if not whole:
             every &= taken.sum(-1, keepdim=True) <= head.shape[-1]
         plan = torch.where(every, torch.ones_like(plan), plan)
@@ -216,7 +218,9 @@ def _pull_back(
         plan_grad = through if plan_grad is None else plan_grad + through
     if plan_grad is None:
         return (None,) * 4
-    times = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_  # fresh memory costs more than a multiplication
+    times = (
+        Tensor.mul if torch.is_grad_enabled() else Tensor.mul_
+    )  # fresh memory costs more than a multiplication
     tiny = torch.finfo(x.dtype).tiny
     pull = (variance * plan_grad).sum(-1, keepdim=True)
     curvature = (variance if weights is None else variance * weights).sum(-1, keepdim=True)
@@ -256,7 +260,9 @@ class _SoftThreshold(torch.autograd.Function):
         """Differentiable in the outputs themselves, hence to any order."""
         saved = ctx.saved_tensors
         grads = by_rows(_pull_back, *saved, plan_grad, variance_grad)
-        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 4
+        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *(
+            None,
+        ) * 4
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
