@@ -19,7 +19,7 @@ from couplings._checks import (
     same_device,
     same_dtype,
 )
-from couplings._rowwise import seen
+from couplings._rowwise import apply, seen
 from couplings.transport.coupling import Coupling, Status, act_on_failure
 from couplings.transport.implicit import RelativeValue, ShortPotential, density
 from couplings.transport.sinkhorn import Sweeps
@@ -314,13 +314,14 @@ def _converged(
     epsilon = problem.epsilon
     cap = SWEEPS if solver == "sinkhorn" else NEWTON_STEPS
     plain = problem.plain
-    potential, steps = ShortPotential.apply(cost, p, q, epsilon, solver, goal, cap, plain)
+    potential, steps = apply(ShortPotential, cost, p, q, epsilon, solver, goal, cap, plain)
     poison = problem.poison
 
     def plan() -> Tensor:
         _, _, kappa = density(cost, p, q, epsilon, potential, plain)
-        scale = q * problem.mass[..., None] + poison[..., None]
-        return _turn(kappa * p[..., :, None] * scale[..., None, :], turned).to(work)
+        rows, columns = p[..., :, None], (q * problem.mass[..., None] + poison[..., None])[..., None, :]
+        out = kappa * rows * columns if torch.is_grad_enabled() else kappa.mul_(rows).mul_(columns)
+        return _turn(out, turned).to(work)
 
     def log_plan() -> Tensor:
         y, log_z, _ = density(cost, p, q, epsilon, potential, plain)
@@ -330,7 +331,7 @@ def _converged(
         return _turn(out + poison[..., None, None], turned).to(work)
 
     def value() -> Tensor:
-        relative = RelativeValue.apply(cost, p, q, epsilon, potential, plain)
+        relative = apply(RelativeValue, cost, p, q, epsilon, potential, plain)
         return absolute(problem, relative) + poison
 
     def potentials() -> tuple[Tensor, Tensor]:
@@ -348,7 +349,7 @@ def _fixed_sweeps(
     cost, p, q, epsilon = problem.cost.mT.contiguous(), problem.q, problem.p, problem.epsilon
     idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
     x = torch.where(cost == torch.inf, torch.inf, torch.where(idle, 0.0, cost) / epsilon[..., None, None])
-    hs, es = Sweeps.apply(x, p, q, iterations, work == torch.float32)
+    hs, es = apply(Sweeps, x, p, q, iterations, work == torch.float32)
     h, e = hs[..., -1, :], es[..., -1, :]
     poison = problem.poison
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from couplings._rowwise import vmap_rows
+from couplings._rowwise import apply, vmap_rows
 from couplings.transport.newton import newton_potential
 from couplings.transport.newton_cg import cg_direction, dense_direction
 from couplings.transport.sinkhorn import sinkhorn_potential
@@ -127,7 +127,7 @@ def schur_solve(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
     ``right`` is projected onto the range (zero sum); the null direction is the constant.
     """
     right = right - p * right.sum(-1, keepdim=True)
-    v: Tensor = _SchurSolve.apply(pi, p, q, right)
+    v: Tensor = apply(_SchurSolve, pi, p, q, right)
     return v - (p * v).sum(-1, keepdim=True)
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from couplings.transport._progress import all_true
 
-TINY = (
-    1e-290  # keeps a division by an unreachable row's zero diagonal finite; its right-hand side is zero too
-)
+# keeps a division by an unreachable row's zero diagonal finite; its right-hand side is zero too
+TINY = {torch.float64: 1e-290, torch.float32: 1e-36}
 RIDGE = 1e-14  # relative; bounds the answer along blocks that float64 cannot tell from decoupled ones
 
 
@@ -48,7 +47,7 @@ def dense_direction(pi: Tensor, p: Tensor, q: Tensor, r: Tensor, lam: Tensor) ->
     weights = (half @ half.mT).to(p.dtype)
     weights.diagonal(dim1=-2, dim2=-1).zero_()
     diagonal = weights.sum(-1)
-    scale = (diagonal + lam[:, None] * p).clamp_min(TINY)
+    scale = (diagonal + lam[:, None] * p).clamp_min(TINY[p.dtype])
     root = scale.rsqrt()
     system = weights.neg_().mul_(root[:, :, None]).mul_(root[:, None, :])
     null = scale.sqrt()
@@ -80,31 +79,31 @@ def cg_direction(
         The direction ``(B, s)`` and whether it reached the tolerance ``(B,)``. An item's answer is frozen when
         it stops, so other items cannot change it.
     """
+    dtype, wanted = pi.dtype, r.dtype
+    p, q, left, lam, tolerance = (t.to(dtype) for t in (p, q, r, lam, tolerance))
     mass = times(pi, q)
     shift = mass + lam[:, None] * p
-    diagonal = (shift - times(pi * pi, q)).clamp_min(TINY)
-    d = torch.zeros_like(r)
-    left = r
-    z = left / diagonal
-    direction = z
+    inverse = 1 / (shift - times(pi * pi, q)).clamp_min(TINY[dtype])
+    d = torch.zeros_like(left)
+    direction = z = left * inverse
     rz = (left * z).sum(-1)
-    goal = tolerance * r.abs().sum(-1)
-    active = r.abs().sum(-1) > goal
-    curved = active
+    size = left.abs().sum(-1)
+    goal = tolerance * size
+    active = size > goal
     stop = all_true()
     for _ in range(iterations):
         image = shift * direction - times(pi, q * times_transposed(pi, direction))
         curvature = (direction * image).sum(-1)
-        curved = curved & (curvature > 0)
-        active = active & curved
+        active = active & (curvature > 0)
+        # an item that has stopped takes steps of length 0
         step = torch.where(active, rz / curvature, 0.0)[:, None]
-        d = torch.where(active[:, None], d + step * direction, d)
-        left = torch.where(active[:, None], left - step * image, left)
-        active = active & (left.abs().sum(-1) > goal)
+        d = torch.addcmul(d, step, direction)
+        left = torch.addcmul(left, step, image, value=-1)
+        size = left.abs().sum(-1)
+        active = active & (size > goal)
         if stop(~active):
             break
-        z = left / diagonal
-        rz_next = (left * z).sum(-1)
-        direction = torch.where(active[:, None], z + (rz_next / rz)[:, None] * direction, direction)
-        rz = torch.where(active, rz_next, rz)
-    return d, left.abs().sum(-1) <= goal
+        z = left * inverse
+        before, rz = rz, (left * z).sum(-1)
+        direction = torch.addcmul(z, torch.where(active, rz / before, 0.0)[:, None], direction)
+    return d.to(wanted), size <= goal
