@@ -22,6 +22,9 @@ from couplings.transport.threshold import midpoint
 PASSES = 24
 """Most evaluations; 10 is the most that any tested row needed."""
 
+IMPOSSIBLE = 1e5
+"""Log odds whose exponential is 0 in float64, and which no sum of them makes infinite."""
+
 MANY = 16
 """More cuts than this are solved in float64: the mass at a target is a difference between cuts whose errors add up."""
 
@@ -119,22 +122,14 @@ def sorted_plan(
     return plan, theta
 
 
-def conditional(d: Tensor) -> Tensor:
-    """pi (.., k + 1, n) from the log odds d (.., k, n): z_j = sum_{l<=j} min(d_l, 0) - sum_{l>j} max(d_l, 0) <= 0."""
-    rising = torch.nn.functional.pad(d.clamp(max=0).cumsum(-2), (0, 0, 1, 0))
-    positive = d.clamp(min=0)
-    falling = torch.nn.functional.pad(positive.flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-    return torch.softmax(rising - falling, -2)
-
-
 def tails(pi: Tensor) -> tuple[Tensor, Tensor]:
     """P(J < j | i) and P(J >= j | i) for j = 1..k, each a sum of positive terms."""
     return pi.cumsum(-2)[..., :-1, :], pi.flip(-2).cumsum(-2).flip(-2)[..., 1:, :]
 
 
-def _crossing(lower: Tensor, upper: Tensor) -> Tensor:
-    """sum_i lower_min(j,l)(i) upper_max(j,l)(i), (.., k, k), for arrays (.., k, n)."""
-    product = lower @ upper.mT
+def _crossing(lo: Tensor, up: Tensor) -> Tensor:
+    """sum_i lo_min(j,l)(i) up_max(j,l)(i), (.., k, k), for arrays (.., k, n)."""
+    product = lo @ up.mT
     return product.triu() + product.triu(1).mT
 
 
@@ -173,8 +168,7 @@ def _solve(
         weight = weight * valid.gather(-1, head)
     above, below = share * weight.unsqueeze(1), (1 - share) * weight.unsqueeze(1)
     d_head = slopes.unsqueeze(-1) * (x.gather(-1, head).double().unsqueeze(1) - centre.double().unsqueeze(-1))
-    idle = ~active
-    d_head = d_head.masked_fill(idle.unsqueeze(-1), -math.inf)
+    d_head = d_head.masked_fill(~active.unsqueeze(-1), -IMPOSSIBLE)
 
     rest = t < n
     if rest:
@@ -187,11 +181,16 @@ def _solve(
             distance.masked_fill_(~valid, -math.inf)
         power = torch.mul(distance.unsqueeze(1), reach.unsqueeze(-1)).clamp_(low, 0).exp2_()
         torch.threshold_(power, 2**low * 1.01, 0.0)
-        d_edge = slopes * (edge.double() - centre.double())
-        lower = torch.ones(k, k, dtype=torch.bool, device=x.device).tril()
+        d_edge = (slopes * (edge.double() - centre.double())).masked_fill(~active, 0)
         share_below = torch.empty_like(power)
 
+    ones = torch.ones(k, k, dtype=torch.float64, device=x.device)
     identity = torch.eye(k, dtype=torch.float64, device=x.device)
+    no_mass = torch.zeros(1, k, dtype=torch.float64, device=x.device)
+    lower = ones.tril()  # [j, l]: l <= j
+    to_rising, to_falling = torch.cat((no_mass, lower)), torch.cat((-lower.mT, no_mass))
+    to_lo, to_up = torch.cat((lower, no_mass.mT), -1), torch.cat((no_mass.mT, lower.mT), -1)
+    beyond = (1 - lower) * -IMPOSSIBLE
     theta = torch.zeros_like(slopes)
     live = torch.ones((rows, 1), dtype=torch.bool, device=x.device)
     best, best_error = theta, torch.full_like(theta[:, :1], math.inf)
@@ -199,47 +198,48 @@ def _solve(
     for evaluation in range(PASSES + 1):
         if evaluation == PASSES:
             theta = torch.where(live, best, theta)
-        pi = conditional(d_head + theta.unsqueeze(-1))
-        lo, up = tails(pi)
+        d = d_head + theta.unsqueeze(-1)
+        z = torch.matmul(to_rising, d.clamp(max=0)) + torch.matmul(to_falling, d.clamp_(min=0))
+        pi = torch.softmax(z, -2)
+        lo, up = torch.matmul(to_lo, pi), torch.matmul(to_up, pi)
         up_mass, down_mass = (above * lo).sum(-1), (below * up).sum(-1)
         if rest:
-            log_odds = -(d_edge + theta).masked_fill(idle, 0).flip(-1).cumsum(-1).flip(-1)
+            log_odds = -torch.matmul(d_edge + theta, lower)
             largest = log_odds.cummax(-1).values
-            mixing = torch.where(lower, (log_odds.unsqueeze(1) - largest.unsqueeze(-1)).exp(), 0.0)
-            unit = largest.clamp(-600, 600).exp()
+            mixing = (log_odds.unsqueeze(1) - largest.unsqueeze(-1)).clamp_(max=0).add_(beyond).exp_()
+            unit = largest.clamp(-600, 300).exp()
             torch.bmm(mixing.to(x.dtype), power, out=share_below)
             # P(J = k | i) = 1 / (1 + unit_k share_below_k)
             at_top = share_below[:, -1] * unit[:, -1:].clamp(max=info.max**0.5).to(x.dtype)
             at_top = at_top.add_(1).reciprocal_()
             share_below.mul_(at_top.unsqueeze(1))
-            rest_mass = share_below.sum(-1, dtype=torch.float64)
-            up_mass = up_mass + unit * rest_mass
-        balance = torch.log((down_mass + floor) / (up_mass + floor)).masked_fill(idle, 0)
+            rest_mass = unit * share_below.sum(-1)
+            up_mass = up_mass + rest_mass
+        up_mass, down_mass = up_mass + floor, down_mass + floor
+        balance = torch.log(down_mass / up_mass)
+        if mask is not None or weights is not None:
+            balance = balance.masked_fill(~active, 0)
         error = balance.abs().amax(-1, keepdim=True) if k else best_error * 0
         best = torch.where(error < best_error, theta, best)
         best_error = torch.minimum(error, best_error)
         if evaluation == PASSES or (look and not bool(live.any())):
             break
-        inverse_up, inverse_down = 1 / (up_mass + floor), 1 / (down_mass + floor)
-        pull = above * inverse_up.unsqueeze(-1) + below * inverse_down.unsqueeze(-1)
-        slope = (lo * pull) @ up.mT
-        slope = slope.triu() + ((up * pull) @ lo.mT).tril(-1)
+        inverse_up = up_mass.reciprocal()
+        pull = above * inverse_up.unsqueeze(-1) + below / down_mass.unsqueeze(-1)
+        slope = ((lo * pull) @ up.mT).triu() + ((up * pull) @ lo.mT).tril(-1)
         if rest:
-            overlap = torch.bmm(share_below, share_below.mT).double() * unit.unsqueeze(1)
-            spread = (rest_mass.unsqueeze(-1) - overlap).triu()
-            spread = (spread + spread.triu(1).mT) * torch.minimum(unit.unsqueeze(1), unit.unsqueeze(-1))
-            slope = slope + spread * inverse_up.unsqueeze(-1)
-        bare = idle | (
-            slope.diagonal(dim1=-2, dim2=-1) < 1e-6
-        )  # a cut that no soft mass crosses stays where it is
+            overlap = torch.bmm(share_below, share_below.mT) * unit.unsqueeze(1) * unit.unsqueeze(-1)
+            crossing = torch.minimum(rest_mass.unsqueeze(1), rest_mass.unsqueeze(-1)) - overlap
+            slope += crossing * inverse_up.unsqueeze(-1)
+        steepness = slope.diagonal(dim1=-2, dim2=-1)
+        bare = ~active | (steepness < 1e-6)  # a cut that no soft mass crosses stays where it is
         slope = torch.where(bare.unsqueeze(-1) | bare.unsqueeze(-2), identity, slope)
         step = torch.linalg.solve_ex(slope, balance.unsqueeze(-1))[0].squeeze(-1)
         # targets that get no mass yet make the matrix singular; then cut by cut
-        single = balance / slope.diagonal(dim1=-2, dim2=-1)
-        step = torch.where(step.isfinite().all(-1, keepdim=True), step, single).clamp(-8, 8)
-        step = step.masked_fill(bare, 0)
+        step = torch.where(step.isfinite().all(-1, keepdim=True), step, balance / steepness)
+        step = step.clamp_(-8, 8).masked_fill_(bare, 0)
         theta = torch.where(live, theta - step, theta)
-        live = live & (error > tolerance)
+        live &= error > tolerance
 
     plan = x.new_empty((rows, k + 1, n))
     if rest:
