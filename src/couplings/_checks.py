@@ -50,9 +50,7 @@ def real_tensor(argument: str, value: object) -> None:
 def bool_tensor(argument: str, value: object) -> None:
     """A bool tensor; True means that the entry takes part."""
     if not isinstance(value, Tensor):
-        reject(
-            argument, "a bool tensor, True = takes part", describe(value), "Pass a tensor.", TypeError
-        )
+        reject(argument, "a bool tensor, True = takes part", describe(value), "Pass a tensor.", TypeError)
     if value.dtype != torch.bool:
         reject(
             argument,

@@ -2,7 +2,8 @@
 
 alpha^1 = s,  p^i = softmax(alpha^i / tau),  alpha^(i+1) = alpha^i + log(1 - p^i)
 
-(Plotz and Roth 2018; Goyal et al. 2018). With Gumbel noise added to s first it is a relaxed sample of k without replacement (Xie and Ermon 2019).
+(Plotz and Roth 2018; Goyal et al. 2018). With Gumbel noise added to s first it is a relaxed sample of k without
+replacement (Xie and Ermon 2019).
 """
 
 from __future__ import annotations
