@@ -18,6 +18,9 @@ from couplings.transport.newton_cg import cg_direction, dense_direction
 from couplings.transport.sinkhorn import sinkhorn_potential
 
 DEEP = -700.0  # an exponential of less is slow and can no longer be told from 0
+# Times the mass it is added to the adjoint's diagonal. Where a row of the plan is hard to 1e-16, its equation is 0 = 0
+# up to rounding, and the answer, which hardly matters, must stay bounded: README.md, "Hard rows".
+ADJOINT_RIDGE = 1e-15
 ADJOINT_DENSE_LIMIT = 1024  # shorter side up to which the adjoint system is factorised
 ADJOINT_TOLERANCE = 1e-12  # relative residual of the adjoint system where it is solved by conjugate gradients
 ADJOINT_ITERATIONS = 2000
@@ -227,12 +230,12 @@ def _schur(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
     short, long = pi.shape[-2:]
     pi, p = pi.reshape(-1, short, long), p.reshape(-1, short)
     q, right = q.reshape(-1, long), right.reshape(-1, short)
-    none = torch.zeros_like(p[:, 0])
+    lam = torch.full_like(p[:, 0], ADJOINT_RIDGE)
     if short <= ADJOINT_DENSE_LIMIT:
-        v = dense_direction(pi, p, q, right, none)
+        v = dense_direction(pi, p, q, right, lam)
     else:
-        goal = torch.full_like(none, ADJOINT_TOLERANCE)
-        v, _ = cg_direction(pi, p, q, right, none, goal, ADJOINT_ITERATIONS)
+        goal = torch.full_like(lam, ADJOINT_TOLERANCE)
+        v, _ = cg_direction(pi, p, q, right, lam, goal, ADJOINT_ITERATIONS)
     return v.reshape(shape)
 
 
