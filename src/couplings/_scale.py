@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from couplings._rowwise import apply, by_rows, vmap_rows
+from couplings._rowwise import RowFunction, apply, by_rows
 
 
 def mean_std(x: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -123,7 +123,7 @@ def _pull_back(
     return per_entry * weights, weights_grad
 
 
-class _MeanStd(torch.autograd.Function):
+class _MeanStd(RowFunction):
     @staticmethod
     def forward(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, ...]:
         return by_rows(_measure, x, weights, mask)  # type: ignore[return-value]
@@ -139,7 +139,3 @@ class _MeanStd(torch.autograd.Function):
         x, weights, mask, mean, std = ctx.saved_tensors
         wanted = weights if ctx.needs_input_grad[1] else None
         return (*by_rows(_pull_back, x, weights, mask, mean, std, mean_grad, std_grad, wanted), None)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_rows(_MeanStd, info, in_dims, args)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from couplings._rowwise import apply, vmap_rows
+from couplings._rowwise import RowFunction, apply
 from couplings.selection.entropic import target_mass
 from couplings.selection.rows import Real, Rows, logit_scale
 from couplings.transport.threshold import hard_cut
@@ -82,7 +82,7 @@ def _(family: str, power: float, z: Tensor, above: Tensor, below: Tensor, mask: 
     return z.new_empty((*z.shape[:-1], 1))
 
 
-class _Threshold(torch.autograd.Function):
+class _Threshold(RowFunction):
     """theta(z, weights, mass): sum_i w_i F(z_i + theta) = mass."""
 
     @staticmethod
@@ -114,10 +114,6 @@ class _Threshold(torch.autograd.Function):
         total = slope.sum(-1, keepdim=True)
         price = torch.where(total > 0, grad / torch.where(total > 0, total, 1.0), 0.0)
         return -price * slope, -price * cdf(ctx.family, ctx.power, u), price, *(None,) * 5
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_rows(_Threshold, info, in_dims, args)
 
 
 def mask(rows: Rows, k: int | Tensor, epsilon: Real, *, family: str, p: float = 4 / 3) -> Tensor:

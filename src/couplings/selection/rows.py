@@ -59,8 +59,8 @@ def prepare(
         weights = None if weights is None else weights.float()
     if mask is None:
         rows = _rows(x, None, weights, largest, standardize)
-        statistic = rows.std if standardize else rows.x.detach().sum(-1)
-        if seen(~statistic.isfinite()) is False or seen(x == hidden) is False:
+        total = (rows.std if standardize else rows.x).detach().sum()  # not finite if any score is not
+        if seen(~total.isfinite()) is False or seen(x == hidden) is False:
             return rows
         mask = x != hidden
     else:

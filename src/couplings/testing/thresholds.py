@@ -20,7 +20,7 @@ def topk_mask_by_bisection(x: Tensor, mass: Tensor, scale: Tensor, weights: Tens
 
     Example:
         >>> x = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
-        >>> topk_mask_by_bisection(x, torch.ones(1, 1), torch.ones(1, 1)).sum().item()
+        >>> round(topk_mask_by_bisection(x, torch.ones(1, 1), torch.ones(1, 1)).sum().item(), 9)
         1.0
     """
     weights = torch.ones_like(x) if weights is None else weights

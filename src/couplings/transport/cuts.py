@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from couplings._rowwise import apply, vmap_rows
+from couplings._rowwise import RowFunction, apply
 from couplings.transport.threshold import midpoint
 
 PASSES = 24
@@ -147,6 +147,11 @@ def _solve(
 ) -> tuple[Tensor, Tensor]:
     """pi, (*batch, k + 1, n), and theta, (*batch, k)."""
     batch, n, k, t = x.shape[:-1], x.shape[-1], centre.shape[-1], head.shape[-1]
+    if k == 0:
+        alone = 1 + 0 * x.unsqueeze(-2)
+        return (alone if mask is None else alone.masked_fill(~mask.unsqueeze(-2), 0)), torch.empty_like(
+            centre
+        )
     rows = batch.numel()
     x, scale, gaps, centre, active = (
         tensor.reshape(rows, tensor.shape[-1]) for tensor in (x, scale, gaps, centre, active)
@@ -219,7 +224,7 @@ def _solve(
         balance = torch.log(down_mass / up_mass)
         if mask is not None or weights is not None:
             balance = balance.masked_fill(~active, 0)
-        error = balance.abs().amax(-1, keepdim=True) if k else best_error * 0
+        error = balance.abs().amax(-1, keepdim=True)
         best = torch.where(error < best_error, theta, best)
         best_error = torch.minimum(error, best_error)
         if evaluation == PASSES or (look and not bool(live.any())):
@@ -271,7 +276,7 @@ def _(
     return x.new_empty((*x.shape[:-1], centre.shape[-1] + 1, x.shape[-1])), torch.empty_like(centre)
 
 
-class _SortedPlan(torch.autograd.Function):
+class _SortedPlan(RowFunction):
     @staticmethod
     def forward(
         x: Tensor,
@@ -332,10 +337,6 @@ class _SortedPlan(torch.autograd.Function):
             weights_grad = -(price.to(x.dtype).unsqueeze(-1) * up).sum(-2)
         grads = shared * scale, scale_grad, gaps_grad, upto_grad, weights_grad
         return *(None if grad is None else grad.to(dtype) for grad in grads), *(None,) * 6
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_rows(_SortedPlan, info, in_dims, args)
 
 
 def _crossing_apply(lo: Tensor, up: Tensor, price: Tensor) -> Tensor:

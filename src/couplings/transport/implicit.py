@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from couplings._rowwise import apply, vmap_rows
+from couplings._rowwise import RowFunction, apply
 from couplings.transport.newton import newton_potential
 from couplings.transport.newton_cg import cg_direction, dense_direction
 from couplings.transport.sinkhorn import sinkhorn_potential
@@ -68,7 +68,7 @@ def density(
     return y, top + z.log(), e / z[..., None, :]
 
 
-class ShortPotential(torch.autograd.Function):
+class ShortPotential(RowFunction):
     """``ghat(C, p, q, epsilon)`` with the implicit gradient, and the number of steps.
 
     The potential is defined up to a constant: a loss must not depend on the constant.
@@ -118,11 +118,6 @@ class ShortPotential(torch.autograd.Function):
         grad_epsilon = (grad_cost * y).sum((-1, -2))
         return grad_cost, grad_p, grad_q, grad_epsilon, None, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        """One more batch dimension."""
-        return vmap_rows(ShortPotential, info, in_dims, args)
-
 
 def schur_solve(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
     """``v`` with ``(diag(pi q) - pi diag(q) pi') v = right`` and ``<p, v> = 0``, differentiable.
@@ -134,7 +129,7 @@ def schur_solve(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
     return v - (p * v).sum(-1, keepdim=True)
 
 
-class _SchurSolve(torch.autograd.Function):
+class _SchurSolve(RowFunction):
     """The bare solve; its inputs and cotangents sum to zero."""
 
     @staticmethod
@@ -162,13 +157,8 @@ class _SchurSolve(torch.autograd.Function):
         grad_q = piv * piw - (vw[..., None, :] @ pi)[..., 0, :]
         return grad_pi, None, grad_q, w
 
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        """One more batch dimension."""
-        return vmap_rows(_SchurSolve, info, in_dims, args)
 
-
-class RelativeValue(torch.autograd.Function):
+class RelativeValue(RowFunction):
     """``min <P, C> + epsilon KL(P | p q')`` ``(*batch,)`` by the envelope theorem.
 
     The first derivative needs no linear solve; the second differentiates the potential in it.
@@ -200,11 +190,6 @@ class RelativeValue(torch.autograd.Function):
         along = cotangent[..., None]
         grad_q = -along * epsilon[..., None] * log_z
         return plan * along[..., None], potential * along, grad_q, grad_epsilon * cotangent, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        """One more batch dimension."""
-        return vmap_rows(RelativeValue, info, in_dims, args)
 
 
 def _solve(

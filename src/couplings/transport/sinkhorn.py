@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from couplings._rowwise import vmap_rows
+from couplings._rowwise import RowFunction
 from couplings.transport._progress import all_true, any_true
 from couplings.transport.newton_cg import times, times_transposed
 
@@ -131,7 +131,7 @@ def fill_zero_masses(x: Tensor, h: Tensor, p: Tensor, q: Tensor) -> Tensor:
     return torch.where(empty, torch.where(reach.isfinite(), -reach, 0.0), h)
 
 
-class Sweeps(torch.autograd.Function):
+class Sweeps(RowFunction):
     """A fixed number of sweeps; the gradient is that of the unrolled sweeps.
 
     Returns the potentials of every sweep, ``(*batch, T, s)`` and ``(*batch, T, l)``, 0 where there is no mass:
@@ -187,11 +187,6 @@ class Sweeps(torch.autograd.Function):
             thin = torch.stack(left, -1) @ torch.stack(right, -2)
             grad_x = grad_x + kernel * thin
         return grad_x, grad_log_p * over_p, grad_log_q * over_q, None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        """One more batch dimension."""
-        return vmap_rows(Sweeps, info, in_dims, args)
 
 
 def _blocks(iterations: int) -> list[tuple[int, int]]:

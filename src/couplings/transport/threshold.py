@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from couplings._rowwise import apply, by_rows, vmap_rows
+from couplings._rowwise import RowFunction, apply, by_rows
 
-PASSES = 12
-"""Most evaluations of the row; 6 is the most that any tested row needed."""
+STEPS = 12
+"""Most Newton steps; 6 is the most that any tested row needed."""
 
 
 class HardCut(NamedTuple):
@@ -123,19 +123,21 @@ def _solve(
     low = math.log2(info.tiny) + 20
     least, floor = 2 * info.tiny**0.5, 1e6 * info.tiny
     tolerance = 1e-3 if x.dtype == torch.float32 else 1e-7
-    whole = head.shape[-1] == x.shape[-1]  # no entry outside the head
-    split = weights is not None or whole
+    whole = (
+        head.shape[-1] == x.shape[-1]
+    )  # no entry outside the head, which may then lie on both sides of the cut
 
     z_head = (x.gather(-1, head) - centre).mul_(scale)
-    above = below = None  # weights of the head's two sides, where they are not 1 and 0
-    if split or mask is not None:
-        valid = torch.ones_like(share) if mask is None else mask.gather(-1, head).to(x.dtype)
-        above, below = share * valid, (1 - share) * valid
-        if weights is not None:
-            above, below = above * weights.gather(-1, head), below * weights.gather(-1, head)
+    weight = None if weights is None else weights.gather(-1, head)
+    if mask is not None:
+        valid = mask.gather(-1, head).to(x.dtype)
+        weight = valid if weight is None else weight * valid
+    above = share if weight is None else share * weight
     plan = torch.empty_like(x)
-    if not whole:
-        # z <= 0 outside the head, so its exponentials are taken once; a pass is then an add, a division and two sums.
+    if whole:
+        below = 1 - share if weight is None else (1 - share) * weight
+    else:
+        # z <= 0 outside the head, so its exponentials are taken once; a pass is then an add, a division and two sums
         power = (x - centre).mul_(scale * math.log2(math.e)).clamp_(low, 0).exp2_()
         torch.threshold_(power, 2**low * 1.01, 0.0)
         power.scatter_(-1, head, 0.0)
@@ -144,49 +146,47 @@ def _solve(
     theta = torch.zeros_like(centre)
     live = torch.ones_like(centre, dtype=torch.bool)
     look = x.device.type == "cpu"
-    for evaluation in range(PASSES):
-        b = torch.sigmoid(-z_head - theta)
-        up = (b if above is None else b * above).sum(-1, keepdim=True).add_(floor)
-        down: Tensor | float = floor
-        if below is not None:
+    for step_number in range(STEPS):
+        # slope = dG/dtheta in (0, 2]: how far each side is from saturation, weighted by its mass
+        b = torch.sigmoid(-theta - z_head)
+        fallen = above * b
+        up = fallen.sum(-1, keepdim=True).add_(floor)
+        slope = 1 - torch.linalg.vecdot(fallen, b).unsqueeze(-1) / up
+        if whole:
             a = torch.sigmoid(z_head + theta)
-            down = (below * a).sum(-1, keepdim=True).add_(floor)
-        if not whole:
+            risen = below * a
+            down = risen.sum(-1, keepdim=True).add_(floor)
+            slope += 1 - torch.linalg.vecdot(risen, a).unsqueeze(-1) / down
+        else:
             torch.add(power, torch.exp(-theta), out=plan)
             torch.div(power, plan, out=plan)
-            down = plan.sum(-1, keepdim=True).add_(down)
-        if evaluation == PASSES - 1 or (look and not bool(live.any())):
-            break
-        # dG/dtheta in (0, 2]: how far each side is from saturation, weighted by its mass
-        if above is None or below is None:
-            slope = 1 - torch.linalg.vecdot(b, b).unsqueeze(-1).div_(up)
-        else:
-            slope = (above * b * a).sum(-1, keepdim=True) / up + (below * a * b).sum(-1, keepdim=True) / down
-        if not whole:
-            plan.clamp_(min=least)
-            outside = plan.sum(-1, keepdim=True) if below is not None else down
-            square = torch.linalg.vector_norm(plan, dim=-1, keepdim=True)
-            slope += (outside - square * square) / down
+            down = plan.sum(-1, keepdim=True).add_(floor)
+            norm = torch.linalg.vector_norm(plan.clamp_(min=least), dim=-1, keepdim=True)
+            slope += 1 - norm * norm / down
         balance = torch.log(down / up)
         step = (balance / slope.clamp_min_(1e-3)).clamp_(-16, 16)
         theta = torch.where(live, theta - step, theta)
-        live &= (balance * balance > tolerance * tolerance) & (
-            down + up > 1e3 * floor
-        )  # below that, nothing moves
-    a = torch.sigmoid(z_head + theta)
+        live &= (balance.abs() > tolerance) & (down + up > 1e3 * floor)  # below that, nothing moves
+        if look and step_number and not bool(live.any()):
+            break
+    if not whole:
+        torch.add(power, torch.exp(-theta), out=plan)
+        torch.div(power, plan, out=plan)
+    a, b = torch.sigmoid(z_head + theta), torch.sigmoid(-theta - z_head)
     if whole:
         plan.scatter_(-1, head, a)
         variance = torch.empty_like(x).scatter_(-1, head, a * b)
     else:
         variance = torch.sub(1, plan, out=power).mul_(plan).scatter_(-1, head, a * b)
         plan.scatter_(-1, head, a)
-    if above is not None and below is not None:
+    if whole or mask is not None:
         # a row with nothing below the cut takes all, one with nothing above it takes none
         taken = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-        none = torch.eq(above, 0).all(-1, keepdim=True)
-        every = torch.eq(below, 0).all(-1, keepdim=True) & ~none
-        if not whole:
-            every &= taken.sum(-1, keepdim=True) <= head.shape[-1]
+        none = (above == 0).all(-1, keepdim=True)
+        if whole:
+            every = (below == 0).all(-1, keepdim=True) & ~none
+        else:
+            every = (taken.sum(-1, keepdim=True) <= head.shape[-1]) & ~none
         plan = torch.where(every, torch.ones_like(plan), plan)
         plan = torch.where(none, torch.zeros_like(plan), plan).masked_fill_(~taken, 0)
         variance = variance.masked_fill_(every | none | ~taken, 0)
@@ -232,7 +232,7 @@ def _pull_back(
     return times(logit_grad, scale), scale_grad, price, weights_grad
 
 
-class _SoftThreshold(torch.autograd.Function):
+class _SoftThreshold(RowFunction):
     @staticmethod
     def forward(
         x: Tensor,
@@ -263,7 +263,3 @@ class _SoftThreshold(torch.autograd.Function):
         return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *(
             None,
         ) * 4
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return vmap_rows(_SoftThreshold, info, in_dims, args)
