@@ -57,7 +57,9 @@ def _moments(
 
 
 def _measure(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if mask is None:
+    if weights is not None:  # an entry without weight may lie anywhere
+        origin = x.gather(-1, (weights if mask is None else weights * mask).argmax(-1, keepdim=True))
+    elif mask is None:
         origin = x[..., :1]
     else:
         origin = x.gather(-1, mask.to(torch.uint8).argmax(-1, keepdim=True))
@@ -98,8 +100,7 @@ def _pull_back(
     if mask is not None:
         u = u.masked_fill(~mask, 0)
     if std_grad is not None and weights is None:
-        times = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_
-        per_entry = times(u, std_grad / total / std)
+        per_entry = u * (std_grad / total / std)
     elif std_grad is not None:
         per_entry = u * (std_grad / total)
     if mean_grad is not None:

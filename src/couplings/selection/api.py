@@ -212,6 +212,8 @@ def soft_topk(
         hard_values = hard_values.topk(k, dim=-1).values.unsqueeze(-1)
         hard_values = hard_values.masked_fill(hard_values.isinf(), 0)
         values = (weights * (rows.x.unsqueeze(-2) - hard_values)).sum(-1) + hard_values.squeeze(-1)
+        if rows.unit is not None:
+            values = values * rows.unit
         if not largest:
             values = -values
         return values.to(x.dtype).movedim(-1, dim), weights.to(x.dtype)
@@ -251,8 +253,7 @@ def _soften(
 
 
 def _hard_mask(rows: Rows, k: int | Tensor) -> Tensor:
-    mass = entropic.target_mass(rows, k)
-    cut = hard_cut(rows.x, mass, rows.weights, rows.mask)
+    cut = hard_cut(rows.x, entropic.cut_mass(rows, k), rows.weights, rows.mask)
     plan = torch.zeros_like(rows.x).scatter(-1, cut.head, cut.share)
     return plan if rows.mask is None else plan.masked_fill(~rows.mask, 0)
 
@@ -272,7 +273,7 @@ def _hard_indicators(rows: Rows, k: int) -> Tensor:
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Solve in the dtype that was asked for, whatever autocast would make of a matrix product."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return torch.autocast(kind, enabled=False)
     return contextlib.nullcontext()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from couplings.selection.rows import Real, Rows, logit_scale
@@ -20,12 +21,21 @@ def target_mass(rows: Rows, k: int | Tensor) -> Tensor:
     return mass
 
 
+def cut_mass(rows: Rows, k: int | Tensor) -> Tensor:
+    """The same in float64 for ``hard_cut``; infinite where a row selects all that it has."""
+    count, wanted = rows.valid_count, torch.as_tensor(k, dtype=torch.float64, device=rows.x.device)
+    mass = wanted.expand(count.shape)
+    if rows.weights is not None:
+        mass = mass * rows.weights.detach().double().sum(-1, keepdim=True) / count.clamp_min(1)
+    return torch.where(wanted >= count, torch.inf, mass).detach()
+
+
 def mask(rows: Rows, k: int | Tensor, epsilon: Real) -> Tensor:
     """A_i = sigmoid(2 x_i / (epsilon std) + theta) with sum_i w_i A_i = k mean(w)."""
     scale = logit_scale(rows, epsilon, 2.0)
     plain = isinstance(k, int) and 0 < k < rows.x.shape[-1] and rows.weights is None
     mass = None if plain else target_mass(rows, k)
-    cut = hard_cut(rows.x, k if plain else mass, rows.weights, rows.mask)  # type: ignore[arg-type]
+    cut = hard_cut(rows.x, k if plain else cut_mass(rows, k), rows.weights, rows.mask)
     return soft_threshold(rows.x, scale, mass, rows.weights, rows.mask, cut)
 
 

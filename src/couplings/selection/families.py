@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from couplings._rowwise import RowFunction, apply
-from couplings.selection.entropic import target_mass
+from couplings.selection.entropic import cut_mass, target_mass
 from couplings.selection.rows import Real, Rows, logit_scale
 from couplings.transport.threshold import hard_cut
 
@@ -54,7 +54,7 @@ def _solve(family: str, power: float, z: Tensor, above: Tensor, below: Tensor, m
     span = z if mask is None else z.masked_fill(~mask, 0)
     low, high = -span.amax(-1, keepdim=True) - 90, 90 - span.amin(-1, keepdim=True)
     theta = torch.zeros_like(low).clamp(low, high)
-    tolerance = 64 * info.eps
+    tolerance = 8 * info.eps
     live = torch.ones_like(low, dtype=torch.bool)
     for _ in range(STEPS):
         u = z + theta
@@ -121,7 +121,7 @@ def mask(rows: Rows, k: int | Tensor, epsilon: Real, *, family: str, p: float = 
     power = 1 / (p - 1)
     scale = logit_scale(rows, epsilon, 1.0 if family == "sparse" else 2.0)
     mass = target_mass(rows, k)
-    cut = hard_cut(rows.x, mass, rows.weights, rows.mask)
+    cut = hard_cut(rows.x, cut_mass(rows, k), rows.weights, rows.mask)
     valid = torch.ones_like(rows.x) if rows.mask is None else rows.mask.to(rows.x.dtype)
     weights = valid if rows.weights is None else rows.weights
     share = torch.zeros_like(rows.x).scatter(-1, cut.head, cut.share) * valid

@@ -24,6 +24,7 @@ class Rows(NamedTuple):
         weights: (*batch, n) or None.
         mean: (*batch, 1), 0 unless standardised.
         std: (*batch, 1), 1 unless standardised.
+        unit: (*batch, 1), the power of two that ``x`` was divided by, or None.
     """
 
     x: Tensor
@@ -31,6 +32,7 @@ class Rows(NamedTuple):
     weights: Tensor | None
     mean: Tensor
     std: Tensor
+    unit: Tensor | None = None
 
     @property
     def standardised(self) -> Tensor:
@@ -71,13 +73,21 @@ def prepare(
 def _rows(x: Tensor, mask: Tensor | None, weights: Tensor | None, largest: bool, standardize: bool) -> Rows:
     if not largest:
         x = -x
-    if weights is not None and mask is not None:
-        weights = weights.masked_fill(~mask, 0)
-    if standardize:
-        mean, std = mean_std(x, weights, mask)
-    else:
-        mean, std = x.new_zeros((*x.shape[:-1], 1)), x.new_ones((*x.shape[:-1], 1))
-    return Rows(x, mask, weights, mean, std)
+    if weights is not None:
+        if mask is not None:
+            weights = weights.masked_fill(~mask, 0)
+        largest_weight = weights.detach().amax(-1, keepdim=True)
+        weights = weights / torch.where(largest_weight > 0, largest_weight, 1.0)  # only their ratios matter
+    if not standardize:
+        return Rows(x, mask, weights, x.new_zeros((*x.shape[:-1], 1)), x.new_ones((*x.shape[:-1], 1)))
+    mean, std = mean_std(x, weights, mask)
+    extreme = (std.detach() < 1e-8) | (std.detach() > 1e8)
+    if seen(extreme) is False:
+        return Rows(x, mask, weights, mean, std)
+    # products with 1 / std**2 leave the range of float32: measure such rows in a power of two near their deviation
+    unit = torch.where(extreme, torch.exp2(std.detach().log2().round().clamp(-126, 126)), 1.0)
+    mean, std = mean_std(x / unit, weights, mask)
+    return Rows(x / unit, mask, weights, mean, std, unit)
 
 
 def logit_scale(rows: Rows, epsilon: Real, numerator: float) -> Tensor:

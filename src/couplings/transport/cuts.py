@@ -158,10 +158,10 @@ def _solve(
     )
     head, share = head.reshape(rows, t), share.reshape(rows, k, t).double()
     dtype = x.dtype
-    if k > MANY:
+    if k > MANY or weights is not None:
         x, scale, gaps, centre, edge = (tensor.double() for tensor in (x, scale, gaps, centre, edge))
     info = torch.finfo(x.dtype)
-    tolerance = 1e-3 if x.dtype == torch.float32 else 1e-6
+    tolerance = 1e-3 if x.dtype == torch.float32 else 1e-9
     floor = 1e-200
     slopes = scale.double() * gaps.double()
 
@@ -323,14 +323,11 @@ class _SortedPlan(RowFunction):
         shift = _crossing_apply(lo, up, price.to(x.dtype).unsqueeze(-1))
         log_odds_grad = direct - (shift if weights is None else shift * weights.unsqueeze(-2))
         shared = (log_odds_grad * gaps.unsqueeze(-1)).sum(-2)
-        # log_odds_grad sums to -theta_grad over a row, so only theta feels where the cuts' centres are
-        origin = centre[..., -1:].detach() if centre.shape[-1] else x[..., :1].detach()
-        offset, missed = x - origin, theta_grad * (centre - origin)
         scale_grad = gaps_grad = upto_grad = weights_grad = None
-        if ctx.needs_input_grad[1]:
-            scale_grad = (shared * offset).sum(-1, keepdim=True) + (missed * gaps).sum(-1, keepdim=True)
-        if ctx.needs_input_grad[2]:
-            gaps_grad = ((log_odds_grad * offset.unsqueeze(-2)).sum(-1) + missed) * scale
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            # each cut measured from its own centre: from another it cancels where scores tie
+            moment = (log_odds_grad * (x.unsqueeze(-2) - centre.unsqueeze(-1))).sum(-1)
+            scale_grad, gaps_grad = (moment * gaps).sum(-1, keepdim=True), moment * scale
         if ctx.needs_input_grad[3]:
             upto_grad = -price.to(x.dtype)
         if ctx.needs_input_grad[4]:
