@@ -15,16 +15,40 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     return function.apply(*args)
 
 
+class _Given(inspect.BoundArguments):
+    """Arguments that need no binding: all are given, in order."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self._given = args
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        return self._given
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        return {}
+
+    def apply_defaults(self) -> None:
+        """Nothing is left to fill in."""
+
+
+class _InOrder(inspect.Signature):
+    def bind(self, *args: Any, **kwargs: Any) -> inspect.BoundArguments:
+        return _Given(args) if not kwargs else super().bind(*args, **kwargs)
+
+
 class RowFunction(torch.autograd.Function):
     """A function all of whose tensors carry the same leading batch dimensions: vmap is one more of them.
 
-    Its ``forward`` has no ctx. torch looks up the signature of such a forward at every call, which costs more than a
-    small row; here it is looked up once.
+    Its ``forward`` has no ctx and no defaults. torch builds the signature of such a forward and binds to it at every
+    call, which takes longer than a small row; here there is nothing to build or bind.
     """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+        parameters = list(inspect.signature(cls.forward).parameters.values())
+        cls.forward.__signature__ = _InOrder(parameters)  # type: ignore[attr-defined]
 
         def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
             moved = [

@@ -127,7 +127,8 @@ def soft_topk_mask(
             plan = plan.masked_fill(~((count >= 0) & (count <= x.shape[dim])), math.nan)
         if rows.weights is not None and seen(rows.weights < 0) is None:
             plan = plan.masked_fill((rows.weights < 0).any(-1, keepdim=True), math.nan)
-        return plan.to(x.dtype).movedim(-1, dim)
+        plan = plan.to(x.dtype)
+        return plan if dim == x.dim() - 1 else plan.movedim(-1, dim)
 
 
 def soft_topk(

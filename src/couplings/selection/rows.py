@@ -52,45 +52,52 @@ def prepare(
     x: Tensor, dim: int, largest: bool, weights: Tensor | None, mask: Tensor | None, standardize: bool
 ) -> Rows:
     """Move ``dim`` last, raise half precision to float32, negate for the smallest, find -inf and masked entries."""
-    x = x.movedim(dim, -1)
-    weights = None if weights is None else weights.movedim(dim, -1)
-    mask = None if mask is None else mask.movedim(dim, -1)
-    hidden = -math.inf if largest else math.inf  # a score that means "masked"
+    if dim != x.dim() - 1:
+        x = x.movedim(dim, -1)
+        weights = None if weights is None else weights.movedim(dim, -1)
+        mask = None if mask is None else mask.movedim(dim, -1)
     if x.dtype in _checks.HALF:
         x = x.float()
         weights = None if weights is None else weights.float()
-    if mask is None:
-        rows = _rows(x, None, weights, largest, standardize)
-        total = (rows.std if standardize else rows.x).detach().sum()  # not finite if any score is not
-        if seen(~total.isfinite()) is False or seen(x == hidden) is False:
-            return rows
-        mask = x != hidden
-    else:
-        mask = mask & (x != hidden)
-    return _rows(x.masked_fill(~mask, 0), mask, weights, largest, standardize)
-
-
-def _rows(x: Tensor, mask: Tensor | None, weights: Tensor | None, largest: bool, standardize: bool) -> Rows:
     if not largest:
         x = -x
-    if weights is not None:
-        if mask is not None:
-            weights = weights.masked_fill(~mask, 0)
-        largest_weight = weights.detach().amax(-1, keepdim=True)
-        weights = weights / torch.where(largest_weight > 0, largest_weight, 1.0)  # only their ratios matter
+    if (
+        mask is None
+    ):  # the common case, where a look at one number per row shows that nothing special is there
+        rows = _measure(x, None, weights, standardize)
+        std = rows.std.detach() if standardize else x.detach().abs().amax(-1)
+        usual = (std > _EXTREME) & (std < 1 / _EXTREME) if standardize else std < math.inf
+        if seen(~usual) is False:
+            return rows
+        mask = x != -math.inf
+    else:
+        mask = mask & (x != -math.inf)
+    x = x.masked_fill(~mask, 0)
+    rows = _measure(x, mask, None if weights is None else weights.masked_fill(~mask, 0), standardize)
+    std = rows.std.detach()
+    extreme = (std < _EXTREME) | (std > 1 / _EXTREME)
+    if not standardize or seen(extreme) is False:
+        return rows
+    # products with 1 / std**2 leave the range of float32: measure such rows in a power of two near their deviation
+    unit = torch.where(extreme, torch.exp2(std.log2().round().clamp(-126, 126)), 1.0)
+    return _measure(x / unit, mask, rows.weights, True)._replace(unit=unit)
+
+
+_EXTREME = 1e-8
+
+
+def _measure(x: Tensor, mask: Tensor | None, weights: Tensor | None, standardize: bool) -> Rows:
+    if weights is not None:  # only their ratios matter
+        most = weights.detach().amax(-1, keepdim=True)
+        weights = weights / torch.where(most > 0, most, 1.0)
     if not standardize:
         return Rows(x, mask, weights, x.new_zeros((*x.shape[:-1], 1)), x.new_ones((*x.shape[:-1], 1)))
-    mean, std = mean_std(x, weights, mask)
-    extreme = (std.detach() < 1e-8) | (std.detach() > 1e8)
-    if seen(extreme) is False:
-        return Rows(x, mask, weights, mean, std)
-    # products with 1 / std**2 leave the range of float32: measure such rows in a power of two near their deviation
-    unit = torch.where(extreme, torch.exp2(std.detach().log2().round().clamp(-126, 126)), 1.0)
-    mean, std = mean_std(x / unit, weights, mask)
-    return Rows(x / unit, mask, weights, mean, std, unit)
+    return Rows(x, mask, weights, *mean_std(x, weights, mask))
 
 
 def logit_scale(rows: Rows, epsilon: Real, numerator: float) -> Tensor:
     """numerator / (epsilon std), (*batch, 1); finite however small epsilon is."""
-    scale = (numerator / epsilon) / rows.std
-    return scale.clamp_max(torch.finfo(rows.x.dtype).max / 8)
+    largest = torch.finfo(rows.x.dtype).max / 1e12
+    if isinstance(epsilon, Tensor):
+        return (numerator / epsilon).clamp_max(largest) / rows.std
+    return min(numerator / epsilon, largest) / rows.std

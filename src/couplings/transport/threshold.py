@@ -118,67 +118,76 @@ def _solve(
     centre: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The plan A and A (1 - A), each to full relative precision from the smaller of A and 1 - A."""
-    info = torch.finfo(x.dtype)
     # powers of two are the fast exponential on a CPU (exp: 3x slower); products with a gradient must not be denormal
+    info = torch.finfo(x.dtype)
     low = math.log2(info.tiny) + 20
-    least, floor = 2 * info.tiny**0.5, 1e6 * info.tiny
+    least, floor = 2 * info.tiny**0.5, 2.0**low
     tolerance = 1e-3 if x.dtype == torch.float32 else 1e-7
     whole = (
         head.shape[-1] == x.shape[-1]
     )  # no entry outside the head, which may then lie on both sides of the cut
 
-    z_head = (x.gather(-1, head) - centre).mul_(scale)
+    bits = scale * math.log2(math.e)
+    z_head = (x.gather(-1, head) - centre).mul_(bits)
     weight = None if weights is None else weights.gather(-1, head)
     if mask is not None:
         valid = mask.gather(-1, head).to(x.dtype)
         weight = valid if weight is None else weight * valid
+    # exp(-|z|) once; a pass is then an addition, a division and two sums on either side of the cut
+    far = z_head.abs().neg_().clamp_(min=low).exp2_()
     above = share if weight is None else share * weight
-    plan = torch.empty_like(x)
     if whole:
+        upper = z_head >= 0
         below = 1 - share if weight is None else (1 - share) * weight
     else:
-        # z <= 0 outside the head, so its exponentials are taken once; a pass is then an add, a division and two sums
-        power = (x - centre).mul_(scale * math.log2(math.e)).clamp_(low, 0).exp2_()
-        torch.threshold_(power, 2**low * 1.01, 0.0)
-        power.scatter_(-1, head, 0.0)
+        power = (x - centre).mul_(bits).clamp_(low, 0).exp2_().scatter_(-1, head, 0.0)
+        torch.threshold_(power, 1.01 * floor, 0.0)
         if mask is not None:
             power.masked_fill_(~mask, 0)
-    theta = torch.zeros_like(centre)
+        plan = torch.empty_like(x)
+    shift = torch.zeros_like(centre)  # -theta
     live = torch.ones_like(centre, dtype=torch.bool)
     look = x.device.type == "cpu"
-    for step_number in range(STEPS):
-        # slope = dG/dtheta in (0, 2]: how far each side is from saturation, weighted by its mass
-        b = torch.sigmoid(-theta - z_head)
-        fallen = above * b
-        up = fallen.sum(-1, keepdim=True).add_(floor)
-        slope = 1 - torch.linalg.vecdot(fallen, b).unsqueeze(-1) / up
+    for step_number in range(STEPS + 1):
+        ratio = shift.exp()
+        inverse = ratio.reciprocal()
         if whole:
-            a = torch.sigmoid(z_head + theta)
-            risen = below * a
-            down = risen.sum(-1, keepdim=True).add_(floor)
-            slope += 1 - torch.linalg.vecdot(risen, a).unsqueeze(-1) / down
+            # A and 1 - A, from the exponential that does not overflow
+            gain, loss = torch.where(upper, inverse, far * inverse), torch.where(upper, far, 1.0)
+            both = gain + loss
+            a, b = gain / both, loss / both
         else:
-            torch.add(power, torch.exp(-theta), out=plan)
+            b = far / (far + inverse)
+            torch.add(power, ratio, out=plan)
             torch.div(power, plan, out=plan)
-            down = plan.sum(-1, keepdim=True).add_(floor)
-            norm = torch.linalg.vector_norm(plan.clamp_(min=least), dim=-1, keepdim=True)
-            slope += 1 - norm * norm / down
+        if step_number == STEPS or (look and step_number > 1 and not bool(live.any())):
+            break
+        # slope = dG/dtheta in (0, 2]: how far each side is from saturation, weighted by its mass
+        if whole:
+            fallen, risen = above * b, below * a
+            up, down = fallen.sum(-1, keepdim=True).add_(floor), risen.sum(-1, keepdim=True).add_(floor)
+            slope = (fallen * a).sum(-1, keepdim=True) / up + (risen * b).sum(-1, keepdim=True) / down
+        else:
+            fallen = b if weight is None else above * b
+            up, down = fallen.sum(-1, keepdim=True).add_(floor), plan.sum(-1, keepdim=True).add_(floor)
+            inside = torch.linalg.vector_norm(fallen, dim=-1, keepdim=True)
+            outside = torch.linalg.vector_norm(plan.clamp_(min=least), dim=-1, keepdim=True)
+            slope = 2 - inside * inside / up - outside * outside / down
         balance = torch.log(down / up)
         step = (balance / slope.clamp_min_(1e-3)).clamp_(-16, 16)
-        theta = torch.where(live, theta - step, theta)
+        shift = torch.where(live, shift + step, shift)
         live &= (balance.abs() > tolerance) & (down + up > 1e3 * floor)  # below that, nothing moves
-        if look and step_number and not bool(live.any()):
-            break
-    if not whole:
-        torch.add(power, torch.exp(-theta), out=plan)
-        torch.div(power, plan, out=plan)
-    a, b = torch.sigmoid(z_head + theta), torch.sigmoid(-theta - z_head)
     if whole:
-        plan.scatter_(-1, head, a)
-        variance = torch.empty_like(x).scatter_(-1, head, a * b)
+        torch.threshold_(a, 4 * floor, 0.0)
+        plan, variance = (
+            torch.empty_like(x).scatter_(-1, head, a),
+            torch.empty_like(x).scatter_(-1, head, a * b),
+        )
     else:
-        variance = torch.sub(1, plan, out=power).mul_(plan).scatter_(-1, head, a * b)
+        variance = torch.sub(1, plan, out=power).mul_(plan)
+        a = inverse / (far + inverse)
         plan.scatter_(-1, head, a)
+        variance.scatter_(-1, head, a * b)
     if whole or mask is not None:
         # a row with nothing below the cut takes all, one with nothing above it takes none
         taken = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
