@@ -137,6 +137,8 @@ class _MeanStd(RowFunction):
     @staticmethod
     def backward(ctx: Any, mean_grad: Tensor | None, std_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiable in the outputs themselves, hence to any order."""
+        if mean_grad is None and std_grad is None:
+            return None, None, None
         x, weights, mask, mean, std = ctx.saved_tensors
         wanted = weights if ctx.needs_input_grad[1] else None
         return (*by_rows(_pull_back, x, weights, mask, mean, std, mean_grad, std_grad, wanted), None)

@@ -24,6 +24,7 @@ class Rows(NamedTuple):
         weights: (*batch, n) or None.
         mean: (*batch, 1), 0 unless standardised.
         std: (*batch, 1), 1 unless standardised.
+        standardized: whether they were measured.
         unit: (*batch, 1), the power of two that ``x`` was divided by, or None.
     """
 
@@ -32,6 +33,7 @@ class Rows(NamedTuple):
     weights: Tensor | None
     mean: Tensor
     std: Tensor
+    standardized: bool
     unit: Tensor | None = None
 
     @property
@@ -91,8 +93,8 @@ def _measure(x: Tensor, mask: Tensor | None, weights: Tensor | None, standardize
         most = weights.detach().amax(-1, keepdim=True)
         weights = weights / torch.where(most > 0, most, 1.0)
     if not standardize:
-        return Rows(x, mask, weights, x.new_zeros((*x.shape[:-1], 1)), x.new_ones((*x.shape[:-1], 1)))
-    return Rows(x, mask, weights, *mean_std(x, weights, mask))
+        return Rows(x, mask, weights, x.new_zeros((*x.shape[:-1], 1)), x.new_ones((*x.shape[:-1], 1)), False)
+    return Rows(x, mask, weights, *mean_std(x, weights, mask), True)
 
 
 def logit_scale(rows: Rows, epsilon: Real, numerator: float) -> Tensor:

@@ -89,6 +89,7 @@ def soft_threshold(
     weights: Tensor | None,
     mask: Tensor | None,
     cut: HardCut,
+    spread: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """A = sigmoid(scale (x - centre) + theta), theta such that sum_i w_i A_i equals the mass above the cut.
 
@@ -100,11 +101,13 @@ def soft_threshold(
         weights: (*batch, n), non-negative, or None.
         mask: (*batch, n) bool, True = valid, or None.
         cut: from ``hard_cut``.
+        spread: mean and standard deviation of each row, (*batch, 1), if ``scale`` is a constant over the latter and
+            there are neither weights nor mask: the gradient then reaches x in one go instead of through ``scale``.
 
     Returns:
         A, (*batch, n) in [0, 1], exactly 0 where masked; differentiable to any order in x, scale, mass and weights.
     """
-    plan: Tensor = apply(_SoftThreshold, x, scale, mass, weights, mask, *cut)[0]
+    plan: Tensor = apply(_SoftThreshold, x, scale, mass, weights, mask, *cut, *(spread or (None, None)))[0]
     return plan
 
 
@@ -213,32 +216,43 @@ def _(x: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor]:
 def _pull_back(
     x: Tensor,
     scale: Tensor,
-    mass: Tensor | None,
     weights: Tensor | None,
     centre: Tensor,
+    mean: Tensor | None,
+    std: Tensor | None,
     plan: Tensor,
     variance: Tensor,
     plan_grad: Tensor | None,
     variance_grad: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients with respect to x, scale, mass and weights (README.md, "Gradient of a threshold")."""
+    """Gradients with respect to x, scale, mass and weights (README.md, "Two targets")."""
     if variance_grad is not None:
         through = variance_grad * (1 - 2 * plan)
         plan_grad = through if plan_grad is None else plan_grad + through
     if plan_grad is None:
         return (None,) * 4
-    times = (
-        Tensor.mul if torch.is_grad_enabled() else Tensor.mul_
-    )  # fresh memory costs more than a multiplication
-    tiny = torch.finfo(x.dtype).tiny
+    recording = (
+        torch.is_grad_enabled()
+    )  # if not, temporaries are reused: fresh memory costs more than arithmetic
+    times = Tensor.mul if recording else Tensor.mul_
     pull = (variance * plan_grad).sum(-1, keepdim=True)
     curvature = (variance if weights is None else variance * weights).sum(-1, keepdim=True)
-    price = pull / curvature.clamp_min(tiny)
+    price = pull / curvature.clamp_min(torch.finfo(x.dtype).tiny)
     logit_grad = times(plan_grad - (price if weights is None else price * weights), variance)
     # logit_grad sums to 0 over a row, so any centre serves for the scale; the cut's own cancels least
-    scale_grad = ((x - centre) * logit_grad).sum(-1, keepdim=True)
-    weights_grad = None if weights is None else -price * plan
-    return times(logit_grad, scale), scale_grad, price, weights_grad
+    offset = x - centre
+    scale_grad = (offset * logit_grad).sum(-1, keepdim=True)
+    x_grad = times(logit_grad, scale)
+    if mean is None or std is None:
+        return x_grad, scale_grad, price, None if weights is None else -price * plan
+    deviation = (Tensor.add if recording else Tensor.add_)(offset, centre - mean)
+    part = scale_grad * scale / (x.shape[-1] * std * std)
+    return (
+        (Tensor.addcmul if recording else Tensor.addcmul_)(x_grad, deviation, part, value=-1),
+        None,
+        price,
+        None,
+    )
 
 
 class _SoftThreshold(RowFunction):
@@ -252,14 +266,16 @@ class _SoftThreshold(RowFunction):
         head: Tensor,
         share: Tensor,
         centre: Tensor,
+        mean: Tensor | None,
+        std: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         solve = _solve_op if torch.compiler.is_compiling() else _solve
         return by_rows(solve, x, scale, weights, mask, head, share, centre)  # type: ignore[return-value]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, scale, mass, weights, _, _, _, centre = inputs
-        ctx.save_for_backward(x, scale, mass, weights, centre, *output)
+        x, scale, _, weights, _, _, _, centre, mean, std = inputs
+        ctx.save_for_backward(x, scale, weights, centre, mean, std, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -267,8 +283,7 @@ class _SoftThreshold(RowFunction):
         ctx: Any, plan_grad: Tensor | None, variance_grad: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Differentiable in the outputs themselves, hence to any order."""
-        saved = ctx.saved_tensors
-        grads = by_rows(_pull_back, *saved, plan_grad, variance_grad)
-        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *(
-            None,
-        ) * 4
+        grads = by_rows(_pull_back, *ctx.saved_tensors, plan_grad, variance_grad)
+        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *[
+            None
+        ] * 6
