@@ -36,9 +36,7 @@ def mask(rows: Rows, k: int | Tensor, epsilon: Real) -> Tensor:
     plain = isinstance(k, int) and 0 < k < rows.x.shape[-1] and rows.weights is None
     mass = None if plain else target_mass(rows, k)
     cut = hard_cut(rows.x, k if plain else cut_mass(rows, k), rows.weights, rows.mask)
-    direct = (
-        rows.standardized and rows.weights is None and rows.mask is None and not isinstance(epsilon, Tensor)
-    )
+    direct = rows.standardized and rows.weights is None and not isinstance(epsilon, Tensor)
     spread = (rows.mean, rows.std) if direct else None
     return soft_threshold(rows.x, scale, mass, rows.weights, rows.mask, cut, spread)
 

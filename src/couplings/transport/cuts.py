@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from couplings._rowwise import RowFunction, apply
+from couplings._rowwise import BLOCK, RowFunction, apply
 from couplings.transport.threshold import midpoint
 
 PASSES = 24
@@ -184,10 +184,13 @@ def _solve(
         distance = (x - edge).mul_(scale * -math.log2(math.e)).scatter_(-1, head, -math.inf)
         if valid is not None:
             distance.masked_fill_(~valid, -math.inf)
-        power = torch.mul(distance.unsqueeze(1), reach.unsqueeze(-1)).clamp_(low, 0).exp2_()
+        plan = x.new_empty((rows, k + 1, n))
+        power = plan[:, :k]  # the one array of this size: fresh memory costs more than arithmetic
+        torch.mul(distance.unsqueeze(1), reach.unsqueeze(-1), out=power).clamp_(low, 0).exp2_()
         torch.threshold_(power, 2**low * 1.01, 0.0)
         d_edge = (slopes * (edge.double() - centre.double())).masked_fill(~active, 0)
-        share_below = torch.empty_like(power)
+        at_top = distance  # its memory, from here on
+        width = max(4096, BLOCK // (rows * k))
 
     ones = torch.ones(k, k, dtype=torch.float64, device=x.device)
     identity = torch.eye(k, dtype=torch.float64, device=x.device)
@@ -213,12 +216,17 @@ def _solve(
             largest = log_odds.cummax(-1).values
             mixing = (log_odds.unsqueeze(1) - largest.unsqueeze(-1)).clamp_(max=0).add_(beyond).exp_()
             unit = largest.clamp(-600, 300).exp()
-            torch.bmm(mixing.to(x.dtype), power, out=share_below)
-            # P(J = k | i) = 1 / (1 + unit_k share_below_k)
-            at_top = share_below[:, -1] * unit[:, -1:].clamp(max=info.max**0.5).to(x.dtype)
-            at_top = at_top.add_(1).reciprocal_()
-            share_below.mul_(at_top.unsqueeze(1))
-            rest_mass = unit * share_below.sum(-1)
+            mixing, unit_top = mixing.to(x.dtype), unit[:, -1:].clamp(max=info.max**0.5).to(x.dtype)
+            rest_mass, overlap = torch.zeros_like(theta), torch.zeros_like(identity).expand(rows, k, k)
+            for start in range(0, n, width):
+                columns = slice(start, start + width)
+                share_below = torch.bmm(mixing, power[..., columns])
+                # P(J = k | i) = 1 / (1 + unit_k share_below_k)
+                top = torch.mul(share_below[:, -1], unit_top, out=at_top[:, columns]).add_(1).reciprocal_()
+                share_below.mul_(top.unsqueeze(1))
+                rest_mass = rest_mass + share_below.sum(-1)
+                overlap = overlap + torch.bmm(share_below, share_below.mT)
+            rest_mass = rest_mass * unit
             up_mass = up_mass + rest_mass
         up_mass, down_mass = up_mass + floor, down_mass + floor
         balance = torch.log(down_mass / up_mass)
@@ -233,7 +241,7 @@ def _solve(
         pull = above * inverse_up.unsqueeze(-1) + below / down_mass.unsqueeze(-1)
         slope = ((lo * pull) @ up.mT).triu() + ((up * pull) @ lo.mT).tril(-1)
         if rest:
-            overlap = torch.bmm(share_below, share_below.mT) * unit.unsqueeze(1) * unit.unsqueeze(-1)
+            overlap = overlap * unit.unsqueeze(1) * unit.unsqueeze(-1)
             crossing = torch.minimum(rest_mass.unsqueeze(1), rest_mass.unsqueeze(-1)) - overlap
             slope += crossing * inverse_up.unsqueeze(-1)
         steepness = slope.diagonal(dim1=-2, dim2=-1)
@@ -246,11 +254,12 @@ def _solve(
         theta = torch.where(live, theta - step, theta)
         live &= error > tolerance
 
-    plan = x.new_empty((rows, k + 1, n))
     if rest:
         odds = log_odds.clamp(max=math.log(info.max) / 2).exp().to(x.dtype)
-        torch.mul(power.mul_(odds.unsqueeze(-1)), at_top.unsqueeze(1), out=plan[:, :k])
+        power.mul_(odds.unsqueeze(-1)).mul_(at_top.unsqueeze(1))
         plan[:, k] = at_top
+    else:
+        plan = x.new_empty((rows, k + 1, n))
     plan.scatter_(-1, head.unsqueeze(1).expand(rows, k + 1, t), pi.to(x.dtype))
     if valid is not None:
         plan.masked_fill_(~valid.unsqueeze(1), 0)

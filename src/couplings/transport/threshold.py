@@ -102,7 +102,7 @@ def soft_threshold(
         mask: (*batch, n) bool, True = valid, or None.
         cut: from ``hard_cut``.
         spread: mean and standard deviation of each row, (*batch, 1), if ``scale`` is a constant over the latter and
-            there are neither weights nor mask: the gradient then reaches x in one go instead of through ``scale``.
+            there are no weights: the gradient then reaches x in one go instead of through ``scale``.
 
     Returns:
         A, (*batch, n) in [0, 1], exactly 0 where masked; differentiable to any order in x, scale, mass and weights.
@@ -217,6 +217,7 @@ def _pull_back(
     x: Tensor,
     scale: Tensor,
     weights: Tensor | None,
+    mask: Tensor | None,
     centre: Tensor,
     mean: Tensor | None,
     std: Tensor | None,
@@ -246,7 +247,11 @@ def _pull_back(
     if mean is None or std is None:
         return x_grad, scale_grad, price, None if weights is None else -price * plan
     deviation = (Tensor.add if recording else Tensor.add_)(offset, centre - mean)
-    part = scale_grad * scale / (x.shape[-1] * std * std)
+    count: int | Tensor = x.shape[-1]
+    if mask is not None:
+        deviation = deviation.masked_fill(~mask, 0)
+        count = mask.sum(-1, keepdim=True).clamp_min(1)
+    part = scale_grad * scale / (count * std * std)
     return (
         (Tensor.addcmul if recording else Tensor.addcmul_)(x_grad, deviation, part, value=-1),
         None,
@@ -274,8 +279,8 @@ class _SoftThreshold(RowFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, scale, _, weights, _, _, _, centre, mean, std = inputs
-        ctx.save_for_backward(x, scale, weights, centre, mean, std, *output)
+        x, scale, _, weights, mask, _, _, centre, mean, std = inputs
+        ctx.save_for_backward(x, scale, weights, mask, centre, mean, std, *output)
         ctx.set_materialize_grads(False)
 
     @staticmethod
