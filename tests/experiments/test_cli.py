@@ -142,7 +142,13 @@ def test_struck_in_the_middle_and_resumed_it_ends_with_the_same_table(finished, 
     arguments = ("reproduce", "--preset", "smoke", "--out", out)
     command = [sys.executable, "-m", "couplings_experiments", *map(str, arguments)]
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+        # a suite that runs in the background of a shell hands an ignored SIGINT down
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
     # in the last method but three: one epoch is stored, the unit is not finished
