@@ -190,7 +190,7 @@ def _solve(
         torch.threshold_(power, 2**low * 1.01, 0.0)
         d_edge = (slopes * (edge.double() - centre.double())).masked_fill(~active, 0)
         at_top = distance  # its memory, from here on
-        width = max(4096, BLOCK // (rows * k))
+        width = max(4096, BLOCK // max(1, rows * k))
 
     ones = torch.ones(k, k, dtype=torch.float64, device=x.device)
     identity = torch.eye(k, dtype=torch.float64, device=x.device)
