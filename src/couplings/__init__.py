@@ -3,6 +3,16 @@
 from importlib.metadata import version as _version
 
 from couplings import losses, nn, testing
+from couplings.ordering import (
+    quantile_normalize,
+    soft_median,
+    soft_permutation,
+    soft_quantile,
+    soft_quantize,
+    soft_rank,
+    soft_sort,
+    soft_sort_by,
+)
 from couplings.selection import soft_topk, soft_topk_mask
 from couplings.transport import Coupling, Status, solve
 
@@ -13,6 +23,14 @@ __all__ = [
     "Status",
     "losses",
     "nn",
+    "quantile_normalize",
+    "soft_median",
+    "soft_permutation",
+    "soft_quantile",
+    "soft_quantize",
+    "soft_rank",
+    "soft_sort",
+    "soft_sort_by",
     "soft_topk",
     "soft_topk_mask",
     "solve",

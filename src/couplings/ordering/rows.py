@@ -1,0 +1,72 @@
+"""From a user's tensor to rows that every method understands: last dimension, solvable dtype, ascending, masked."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from couplings import _checks
+from couplings._scale import mean_std
+
+Real = float | Tensor
+"""Epsilon: a float, or a tensor that broadcasts to (*batch, 1)."""
+
+
+class Rows:
+    """Scores to be put into rising order.
+
+    Attributes:
+        x: (*batch, n) scores in float32 or float64, 0 where masked.
+        mask: (*batch, n) bool, True = valid, or None where every entry is.
+        weights: (*batch, n), 0 where masked, or None where all weigh the same.
+        standardize: whether ``z`` is measured in standard deviations.
+    """
+
+    def __init__(self, x: Tensor, mask: Tensor | None, weights: Tensor | None, standardize: bool) -> None:
+        self.x, self.mask, self.weights, self.standardize = x, mask, weights, standardize
+        self._z: Tensor | None = None  # no cached_property: torch.compile cannot trace its lock
+
+    @property
+    def z(self) -> Tensor:
+        """(x - mean) / std of each row, or x itself; 0 where masked."""
+        if not self.standardize:
+            return self.x
+        if self._z is None:
+            mean, std = mean_std(self.x, self.weights, self.mask)
+            z = (self.x - mean) / std
+            self._z = z if self.mask is None else z.masked_fill(~self.mask, 0)
+        return self._z
+
+    @property
+    def count(self) -> Tensor:
+        """Valid entries of each row, (*batch, 1), in the dtype of x."""
+        if self.mask is None:
+            return self.x.new_full((*self.x.shape[:-1], 1), self.x.shape[-1])
+        return self.mask.sum(-1, keepdim=True).to(self.x.dtype)
+
+
+def prepare(
+    x: Tensor, dim: int, descending: bool, weights: Tensor | None, mask: Tensor | None, standardize: bool
+) -> Rows:
+    """Move ``dim`` last, raise half precision to float32, negate for descending order, zero what is masked."""
+    if dim != x.dim() - 1:
+        x = x.movedim(dim, -1)
+        weights = None if weights is None else weights.movedim(dim, -1)
+        mask = None if mask is None else mask.movedim(dim, -1)
+    if x.dtype in _checks.HALF:
+        x = x.float()
+        weights = None if weights is None else weights.float()
+    if descending:
+        x = -x
+    if mask is not None:
+        x = x.masked_fill(~mask, 0)
+        weights = None if weights is None else weights.masked_fill(~mask, 0)
+    return Rows(x, mask, weights, standardize)
+
+
+def epsilon_rows(epsilon: Real, extra: int) -> Real:
+    """Epsilon made to broadcast against tensors with ``extra`` more dimensions between batch and the last one."""
+    if not isinstance(epsilon, Tensor):
+        return epsilon
+    for _ in range(extra):
+        epsilon = epsilon.unsqueeze(-1)
+    return epsilon

@@ -1,0 +1,389 @@
+"""Entropic transport between points and targets on a line, solved between nodes that stand for them.
+
+With gamma = g / epsilon at the targets' nodes Y and D_qr = -|X_q - Y_r|^p / epsilon,
+
+    L_q = log sum_r my_r exp(D_qr + gamma_r),   M_r = log sum_q mx_q exp(D_qr - L_q),   gamma + M = 0
+
+(README.md, "Ordering through moments"). The moments mx and my may be negative at single nodes. All in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from couplings.transport.nodes import Boxes, Cells, Chained, Exact, Nodes
+
+STEPS = 16
+"""Most Newton steps; 4 are the rule, whatever epsilon."""
+
+ROUNDS = 24
+"""Most refinements of the boxes; each halves some of them."""
+
+FINE = 2048
+"""Fine boxes of a long row."""
+
+LONG = 2**15
+"""Rows with more points go through fine boxes."""
+
+TOLERANCE = 1e-12
+"""Weighted mean of |gamma + M| at which Newton stops."""
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What the boxes must resolve: ``degree`` nodes a box of ``width`` sqrt(epsilon), ``tail`` left of a density."""
+
+    degree: int
+    width: float
+    tail: float
+    fine_degree: int
+
+
+ACCURACY = {
+    torch.float32: Accuracy(degree=16, width=2.0, tail=1e-5, fine_degree=4),
+    torch.float64: Accuracy(degree=24, width=2.0, tail=1e-9, fine_degree=8),
+}
+
+
+class Problem(NamedTuple):
+    """Rows of points and rising targets.
+
+    Attributes:
+        x: (rows, n) points.
+        a: (rows, n) masses of the points, >= 0, of sum 1.
+        y: (rows, m) rising targets.
+        b: (rows, m) masses of the targets, >= 0, of sum 1.
+        epsilon: (rows, 1), positive.
+        power: the cost is |x - y|^power, power >= 1.
+    """
+
+    x: Tensor
+    a: Tensor
+    y: Tensor
+    b: Tensor
+    epsilon: Tensor
+    power: float
+
+    def rows(self, pick: Tensor | slice) -> Problem:
+        """Some of the rows."""
+        x, a, y, b, epsilon = (t[pick] for t in self[:5])
+        return Problem(x, a, y, b, epsilon, self.power)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Rows that share a layout of nodes, and their solution.
+
+    Attributes:
+        rows: (r,) indices of these rows in the batch.
+        x, y: nodes of the points and of the targets.
+        mx, my: (r, qx) and (r, qy), moments of the masses.
+        kernel: (r, qx, qy), exp(D + gamma - L), the density of the plan between nodes; 0 at nodes without points.
+        slope: (r, qx, qy), dD / dX.
+        gamma: (r, qy), potentials of the targets' nodes over epsilon.
+        log_norm: (r, qx), L.
+        error: (r,), weighted mean of |gamma + M|.
+        unresolved: (r,), largest mass of a box times what it leaves unresolved of a density.
+        steps: (r,), Newton steps.
+    """
+
+    rows: Tensor
+    x: Nodes
+    y: Nodes
+    mx: Tensor
+    my: Tensor
+    kernel: Tensor
+    slope: Tensor
+    gamma: Tensor
+    log_norm: Tensor
+    error: Tensor
+    unresolved: Tensor
+    steps: Tensor
+
+
+def start(x: Tensor, a: Tensor, y: Tensor, b: Tensor, at: Tensor, power: float) -> Tensor:
+    """The potential of the targets at epsilon = 0, at any places ``at``, (rows, q); the others are as in ``Problem``.
+
+    README.md, "One-dimensional start". Points may come in any order.
+    """
+    x, order = x.sort(dim=-1)
+    upto = a.gather(-1, order).cumsum(-1)
+    cut = b.cumsum(-1)[:, :-1]
+    last = x.shape[-1] - 1
+    # the points on either side of each cut; the same one where the cut splits its mass
+    below = torch.searchsorted(upto, cut - 1e-13).clamp_(max=last)
+    above = torch.searchsorted(upto, cut + 1e-13, right=True).clamp_(max=last)
+    between = (x.gather(-1, below) + x.gather(-1, above)) / 2
+    rise = (between - y[:, 1:]).abs().pow(power) - (between - y[:, :-1]).abs().pow(power)
+    potential = torch.nn.functional.pad(rise.cumsum(-1), (1, 0))
+    if y.shape[-1] == 1:
+        return torch.zeros_like(at)
+    # between two targets it follows the plan's map, which is constant there
+    j = torch.searchsorted(y[:, 1:-1].contiguous(), at.contiguous(), right=True)
+    here = between.gather(-1, j)
+    return potential.gather(-1, j) + (here - at).abs().pow(power) - (here - y.gather(-1, j)).abs().pow(power)
+
+
+class _System:
+    """gamma + M(gamma) = 0 for fixed nodes and moments."""
+
+    def __init__(self, x: Nodes, y: Nodes, problem: Problem) -> None:
+        apart = x.nodes.unsqueeze(-1) - y.nodes.unsqueeze(-2)
+        rate, power = problem.epsilon.unsqueeze(-1), problem.power
+        if power == 2:
+            self.exponent = apart.square() / -rate
+            self.slope = apart * (-2 / rate)
+        else:
+            self.exponent = apart.abs().pow(power) / -rate
+            self.slope = apart.sign() * apart.abs().pow(power - 1) * (-power / rate)
+        self.mx, self.my = (
+            side.spread(mass.unsqueeze(-1)).squeeze(-1) for side, mass in ((x, problem.a), (y, problem.b))
+        )
+        self.dead_x = torch.where(x.live, 0.0, math.inf)
+        self.dead_y = torch.where(y.live, 0.0, -math.inf)
+        self.live_y = y.live
+        size = self.my.abs()
+        self.share = size / size.sum(-1, keepdim=True)
+
+    def evaluate(self, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """L, M + gamma, and the row-normalised kernels W (qx, qy) and V (qy, qx)."""
+        z = self.exponent + (gamma + self.dead_y).unsqueeze(-2)
+        log_norm, w = _weighted_softmax(z, self.my.unsqueeze(-2), -1)
+        z = self.exponent - (log_norm + self.dead_x).unsqueeze(-1)
+        log_sum, v = _weighted_softmax(z, self.mx.unsqueeze(-1), -2)
+        return log_norm, torch.where(self.live_y, gamma + log_sum, 0.0), w, v
+
+    def centred(self, balance: Tensor) -> Tensor:
+        """Without its mean: potentials mean the same up to a constant."""
+        return torch.where(self.live_y, balance - (self.share * balance).sum(-1, keepdim=True), 0.0)
+
+    def error(self, balance: Tensor) -> Tensor:
+        """Weighted mean of the size of the balance, (rows,)."""
+        return (self.share * self.centred(balance).abs().clamp(max=50)).sum(-1)
+
+    def jacobian(self, w: Tensor, v: Tensor) -> Tensor:
+        """I - V W, made regular by what it does to constants."""
+        matrix = self.share.unsqueeze(-2) - v.mT @ w
+        matrix.diagonal(dim1=-2, dim2=-1).add_(1)
+        return matrix
+
+    def kernel(self, gamma: Tensor, log_norm: Tensor) -> Tensor:
+        """exp(D + gamma - L), 0 at nodes that stand for nothing."""
+        shift = (log_norm + self.dead_x).unsqueeze(-1)
+        return (self.exponent + (gamma + self.dead_y).unsqueeze(-2) - shift).exp()
+
+
+def _weighted_softmax(z: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """log sum w exp(z) and w exp(z) / sum along ``dim``."""
+    most = z.amax(dim, keepdim=True)
+    part = (z - most).exp_().mul_(weight)
+    # a sum that is not positive belongs to boxes that resolve nothing; `unresolved` says so
+    total = part.sum(dim, keepdim=True).clamp_min_(1e-300)
+    return (most + total.log()).squeeze(dim), part.div_(total)
+
+
+def newton(system: _System, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """gamma, L, error and steps of each row, by plain Newton steps; a row freezes when it has converged."""
+    steps = torch.zeros(gamma.shape[0], dtype=torch.int64, device=gamma.device)
+    log_norm, balance, w, v = system.evaluate(gamma)
+    error = system.error(balance)
+    best, best_norm, least = gamma, log_norm, error
+    live = error < math.inf
+    for _ in range(STEPS):
+        live &= error > TOLERANCE
+        if not bool(live.any()):
+            break
+        change = torch.linalg.solve_ex(system.jacobian(w, v), system.centred(balance).unsqueeze(-1))[0]
+        change = change.squeeze(-1).clamp(-20, 20)
+        gamma = torch.where(live.unsqueeze(-1), gamma - change, gamma)
+        steps += live
+        log_norm, balance, w, v = system.evaluate(gamma)
+        before, error = error, system.error(balance)
+        live &= ~((error < 1e-9) & (error > 0.3 * before))  # at rounding
+        better = (error < least).unsqueeze(-1)
+        best, best_norm = torch.where(better, gamma, best), torch.where(better, log_norm, best_norm)
+        least = torch.minimum(error, least)
+    return best, best_norm, least, steps
+
+
+def careful_newton(system: _System, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As ``newton``, one row, with a Levenberg term and shorter steps where the full step does not help.
+
+    Gaps between the points let blocks of targets move almost freely: I - V W then has a near null vector a block.
+    """
+    log_norm, balance, w, v = system.evaluate(gamma)
+    error, damping, steps = system.error(balance).item(), 0.0, 0
+    while steps < 3 * STEPS and error > TOLERANCE:
+        steps += 1
+        matrix, wanted = system.jacobian(w, v), system.centred(balance).unsqueeze(-1)
+        found: tuple[float, Tensor, tuple[Tensor, ...], float] | None = None
+        for term in (damping, *(max(damping * up, low) for up, low in _DAMPING), 0.1, 1.0):
+            damped = matrix.clone()
+            damped.diagonal(dim1=-2, dim2=-1).add_(term)
+            change = torch.linalg.solve_ex(damped, wanted)[0].squeeze(-1)
+            if not bool(change.isfinite().all()):
+                continue
+            change.clamp_(-20, 20)
+            for length in (1.0, 0.4, 0.16):
+                trial = gamma - length * change
+                values = system.evaluate(trial)
+                after = system.error(values[1]).item()
+                if found is None or after < found[0]:
+                    found = after, trial, values, term
+                if after < error * (1 - 0.6 * length) or after < TOLERANCE:
+                    break
+            if found is not None and (found[0] < 0.75 * error or found[0] < TOLERANCE):
+                break
+        if found is None or not found[0] < error:
+            break  # rounding
+        error, gamma, (log_norm, balance, w, v), damping = found
+        damping = damping / 100 if damping > 1e-12 else 0.0
+    return gamma, log_norm, gamma.new_tensor([error]), torch.tensor([steps], device=gamma.device)
+
+
+_DAMPING = ((1e2, 1e-10), (1e4, 1e-6), (1e6, 1e-3))
+
+
+def solve(problem: Problem, dtype: torch.dtype) -> list[Solved]:
+    """Solutions to the accuracy that ``dtype`` is worth.
+
+    Each holds rows that share a layout of nodes; a later one replaces the same row in an earlier one.
+    """
+    accuracy = ACCURACY[dtype]
+    counts = [_boxes_wanted(t, problem.epsilon, problem.power, accuracy) for t in (problem.x, problem.y)]
+    layouts, layout_of = torch.unique(torch.stack(counts, -1), dim=0, return_inverse=True)
+    if len(layouts) == 1:
+        return _solve_alike(torch.arange(len(layout_of)), problem, accuracy, *layouts[0].tolist())
+    out: list[Solved] = []
+    for number, layout in enumerate(layouts.tolist()):
+        rows = (layout_of == number).nonzero()[:, 0]
+        out += _solve_alike(rows, problem.rows(rows), accuracy, *layout)
+    return out
+
+
+def _boxes_wanted(t: Tensor, epsilon: Tensor, power: float, accuracy: Accuracy) -> Tensor:
+    """Boxes for each row of points, (rows,); 0 if their nodes would be no fewer than the points."""
+    if power != 2 or t.shape[-1] <= 2 * accuracy.degree:
+        return torch.zeros(t.shape[0], dtype=torch.int64, device=t.device)
+    low, high = t.aminmax(dim=-1)
+    extent = torch.where((low >= 0) & (high <= 1), 1.0, torch.exp2((high - low).log2().ceil()))
+    extent = torch.where(extent.isfinite(), extent, 1.0)  # a row that is NaN anyway
+    count = (extent / (accuracy.width * epsilon.squeeze(-1).sqrt()) - 1e-9).ceil().clamp(1, 2**20).long()
+    return torch.where(count * accuracy.degree < t.shape[-1], count, 0)
+
+
+def _solve_alike(
+    rows: Tensor, problem: Problem, accuracy: Accuracy, boxes_x: int, boxes_y: int
+) -> list[Solved]:
+    """All rows between equal boxes; then the rows that this does not resolve, one by one, on top."""
+    x, a, y, b, epsilon, power = problem
+    side_x, side_y = _equal(x, boxes_x, accuracy), _equal(y, boxes_y, accuracy)
+    system = _System(side_x, side_y, problem)
+    gamma = start(*_summary(side_x, a), *_summary(side_y, b), side_y.nodes, power) / epsilon
+    solved = _finish(rows, side_x, side_y, system, newton(system, gamma))
+    out = [solved]
+    lost = ~((solved.error < GOOD) & (solved.unresolved < accuracy.tail))
+    for row in lost.nonzero()[:, 0].tolist():
+        alone = problem.rows(slice(row, row + 1))
+        if all(bool(t.isfinite().all()) for t in alone[:5]):
+            out.append(_refined(rows[row : row + 1], alone, accuracy, boxes_x, boxes_y))
+    return out
+
+
+def solve_exactly(problem: Problem) -> Solved:
+    """All rows with every point and target its own node: the kernel is the whole plan's density."""
+    x, a, y, b, epsilon, power = problem
+    rows, side_x, side_y = torch.arange(x.shape[0]), Exact(x), Exact(y)
+    system = _System(side_x, side_y, problem)
+    found = newton(system, start(x, a, y, b, y, power) / epsilon)
+    for row in (~(found[2] < GOOD)).nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        alone = _System(Exact(x[one]), Exact(y[one]), problem.rows(one))
+        for whole, part in zip(found, careful_newton(alone, found[0][one]), strict=True):
+            whole[one] = part
+    return _finish(rows, side_x, side_y, system, found)
+
+
+GOOD = 1e-10
+"""Error of a row that needs no more care."""
+
+
+def _equal(t: Tensor, boxes: int, accuracy: Accuracy) -> Nodes:
+    if boxes == 0:
+        return Exact(t)
+    if t.shape[-1] <= LONG:
+        return Boxes(t, boxes, accuracy.degree)
+    fine = Boxes(t, FINE, accuracy.fine_degree)
+    return Chained(fine, Boxes(fine.nodes, boxes, accuracy.degree, fine.live))
+
+
+def _summary(side: Nodes, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Few places and masses that tell where the points are: themselves, or what each fine box holds at its middle."""
+    if not isinstance(side, Chained):
+        return side.points, mass
+    fine = side.fine
+    held = fine.spread(mass.unsqueeze(-1)).reshape(mass.shape[0], fine.count, fine.degree).sum(-1)
+    place = torch.arange(fine.count, dtype=torch.float64, device=mass.device) + 0.5
+    return fine.low + fine.width * place, held
+
+
+def _finish(
+    rows: Tensor, side_x: Nodes, side_y: Nodes, system: _System, found: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> Solved:
+    gamma, log_norm, error, steps = found
+    kernel = system.kernel(gamma, log_norm)
+    left = [_unresolved(side_x, kernel.mT, system.mx), _unresolved(side_y, kernel, system.my)]
+    unresolved = torch.cat((torch.zeros_like(error).unsqueeze(-1), *left), -1).amax(-1)
+    mx, my = system.mx, system.my
+    return Solved(
+        rows, side_x, side_y, mx, my, kernel, system.slope, gamma, log_norm, error, unresolved, steps
+    )
+
+
+def _unresolved(side: Nodes, density: Tensor, mass: Tensor) -> Tensor:
+    """What each box leaves of a density, times its mass, (rows, boxes): its cardinal polynomials sum to 1."""
+    boxes = side.coarse if isinstance(side, Chained) else side
+    if not isinstance(boxes, (Boxes, Cells)):
+        return mass.new_zeros(mass.shape[0], 0)
+    curved = len(boxes.low) * boxes.degree if isinstance(boxes, Cells) else mass.shape[-1]
+    held = mass[:, :curved].reshape(mass.shape[0], curved // boxes.degree, boxes.degree).sum(-1)
+    return side.tails(density) * held.abs()
+
+
+def _refined(rows: Tensor, problem: Problem, accuracy: Accuracy, boxes_x: int, boxes_y: int) -> Solved:
+    """One row, its boxes cut on both sides wherever they leave a density unresolved."""
+    x, a, y, b, epsilon, power = problem
+    side_x, side_y = (_cells(t, boxes, accuracy.degree) for t, boxes in ((x, boxes_x), (y, boxes_y)))
+    gamma = start(x, a, y, b, side_y.nodes, power) / epsilon
+    total = 0
+    for round_ in range(ROUNDS):
+        system = _System(side_x, side_y, problem)
+        solved = _finish(rows, side_x, side_y, system, careful_newton(system, gamma))
+        total += int(solved.steps)
+        bad_x = _unresolved(side_x, solved.kernel.mT, system.mx)[0] >= accuracy.tail
+        bad_y = _unresolved(side_y, solved.kernel, system.my)[0] >= accuracy.tail
+        if round_ == ROUNDS - 1 or not (bool(bad_x.any()) or bool(bad_y.any())):
+            break
+        old = side_x.nodes
+        if isinstance(side_x, Cells):
+            side_x = side_x.bisected(bad_x)
+        if isinstance(side_y, Cells):
+            side_y = side_y.bisected(bad_y)
+        # gamma = -M at the new nodes
+        exponent = (old.unsqueeze(-1) - side_y.nodes.unsqueeze(-2)).abs().pow(power) / -epsilon.unsqueeze(-1)
+        exponent = exponent - solved.log_norm.unsqueeze(-1)
+        gamma = -_weighted_softmax(exponent, system.mx.unsqueeze(-1), -2)[0]
+    return replace(solved, steps=torch.tensor([total], device=x.device))
+
+
+def _cells(t: Tensor, boxes: int, degree: int) -> Nodes:
+    if boxes == 0:
+        return Exact(t)
+    low, high = t.aminmax()
+    edges = low + (high - low) * torch.arange(1, boxes, dtype=torch.float64, device=t.device) / boxes
+    return Cells(t, edges, degree)

@@ -1,0 +1,291 @@
+"""Nodes that stand for many points on a line, and the two adjoint operators between points and nodes.
+
+    spread       m_q = sum_i w_i l_q(t_i)          moments of the points
+    interpolate  f(t_i) = sum_q f_q l_q(t_i)       values at the points
+
+l_q is the cardinal polynomial of node q on its box (README.md, "Ordering through moments"). Everything is float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**15
+"""Points worked on at a time: their temporaries stay in cache."""
+
+
+class Nodes(Protocol):
+    """Nodes (rows, q) for points (rows, n).
+
+    Attributes:
+        points: (rows, n) what is stood for.
+        nodes: (rows, q) where the nodes are.
+        live: (rows, q) bool, False for a node that no point needs.
+    """
+
+    points: Tensor
+    nodes: Tensor
+    live: Tensor
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """(rows, n, d) -> (rows, q, d)."""
+
+    def interpolate(self, value: Tensor) -> Tensor:
+        """(rows, q, d) -> (rows, n, d)."""
+
+    def tails(self, density: Tensor) -> Tensor:
+        """Of functions (rows, functions, q): (rows, boxes), how far each box leaves them unresolved."""
+
+
+class Exact:
+    """Every point is its own node."""
+
+    def __init__(self, points: Tensor) -> None:
+        self.points = self.nodes = points
+        self.live = torch.ones_like(points, dtype=torch.bool)
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """The weights themselves."""
+        return weight
+
+    def interpolate(self, value: Tensor) -> Tensor:
+        """The values themselves."""
+        return value
+
+    def tails(self, density: Tensor) -> Tensor:
+        """Nothing is left unresolved."""
+        return density.new_zeros(density.shape[0], 0)
+
+
+@lru_cache(maxsize=16)
+def chebyshev(degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """First-kind nodes u_q on [-1, 1] and the matrix from values to coefficients, c_k = sum_q matrix[k, q] f(u_q)."""
+    order = torch.arange(degree, dtype=torch.float64, device=device)
+    angle = math.pi * (order + 0.5) / degree
+    matrix = torch.cos(order[:, None] * angle) * (2.0 / degree)
+    matrix[0] /= 2
+    return torch.cos(angle), matrix
+
+
+def _moments(box: Tensor, u: Tensor, weight: Tensor, boxes: int, degree: int) -> Tensor:
+    """sum_i w_i T_k(u_i) over the points of each box, (boxes, degree, d), for box (n,), u (n,), weight (n, d)."""
+    out = weight.new_empty(degree, boxes, weight.shape[-1])
+    twice = u * 2
+
+    def total(term: Tensor, k: int) -> None:
+        if weight.shape[-1] <= 4:
+            for d in range(weight.shape[-1]):
+                out[k, :, d] = torch.bincount(box, term[:, d], minlength=boxes)
+        else:
+            out[k] = term.new_zeros(boxes, weight.shape[-1]).index_add_(0, box, term)
+
+    before, term = weight * u[:, None], weight
+    for k in range(degree):
+        total(term, k)
+        if k + 1 < degree:  # T_(k+1) = 2 u T_k - T_(k-1), and T_(-1) = T_1
+            before, term = term, torch.addcmul(-before, twice[:, None], term)
+    return out.transpose(0, 1)
+
+
+def _series(box: Tensor, u: Tensor, coefficients: Tensor) -> Tensor:
+    """sum_k c_k T_k(u_i) by Clenshaw's recurrence, (n, d), for coefficients (degree, boxes, d)."""
+    twice = (u * 2)[:, None]
+    degree = coefficients.shape[0]
+    one: Tensor | None = None
+    two: Tensor | None = None
+    for k in range(degree - 1, 0, -1):
+        new = coefficients[k].index_select(0, box)
+        if one is not None:
+            new.addcmul_(twice, one)
+        if two is not None:
+            new.sub_(two)
+        one, two = new, one
+    out = coefficients[0].index_select(0, box)
+    if one is not None:
+        out.addcmul_(u[:, None], one)
+    if two is not None:
+        out.sub_(two)
+    return out
+
+
+def _tails(density: Tensor, degree: int, to_coefficients: Tensor) -> Tensor:
+    """The larger of the last two coefficients in each box, over all functions (rows, functions, boxes * degree)."""
+    rows, functions = density.shape[:2]
+    last = density.reshape(rows, functions, density.shape[-1] // degree, degree) @ to_coefficients[-2:].mT
+    return last.abs().amax((1, 3)) if functions else last.new_zeros(rows, last.shape[2])
+
+
+class Boxes:
+    """Equal boxes over the range of each row, ``degree`` Chebyshev nodes in each.
+
+    Args:
+        points: (rows, n), n >= 1.
+        count: boxes a row.
+        degree: nodes a box, at least 2.
+        present: (rows, n) bool, True for the points that count; the others have no weight, and no value is asked there.
+    """
+
+    def __init__(self, points: Tensor, count: int, degree: int, present: Tensor | None = None) -> None:
+        self.points, self.count, self.degree = points, count, degree
+        rows = points.shape[0]
+        if present is None:
+            low, high = (end.unsqueeze(-1) for end in points.aminmax(dim=-1))
+        else:
+            low = points.masked_fill(~present, math.inf).amin(-1, keepdim=True)
+            high = points.masked_fill(~present, -math.inf).amax(-1, keepdim=True)
+        self.low = low
+        self.width = torch.where(high > low, (high - low) / count, torch.ones_like(low))
+        unit, self.to_coefficients = chebyshev(degree, points.device)
+        left = torch.arange(count, dtype=torch.float64, device=points.device)[:, None]
+        self.nodes = self.low + self.width * (left + (unit + 1) / 2).reshape(1, -1)
+        self._whole = next(self._split()) if points.numel() <= CHUNK else None
+        population = torch.zeros(rows * count, dtype=torch.float64, device=points.device)
+        for place, box, _ in self._pieces():
+            here = None if present is None else present[place].reshape(-1).double()
+            population += torch.bincount(box, here, minlength=rows * count)
+        self.population = population.reshape(rows, count)
+        self.live = (self.population > 0).repeat_interleave(degree, -1)
+
+    def _split(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+        rows, n = self.points.shape
+        height, across = max(1, CHUNK // n), min(n, CHUNK)
+        scale = 1 / self.width
+        for row in range(0, rows, height):
+            down = slice(row, row + height)
+            for start in range(0, n, across):
+                place = (down, slice(start, start + across))
+                u = (self.points[place] - self.low[down]).mul_(scale[down])
+                box = u.int().clamp_(0, self.count - 1)
+                u.sub_(box).mul_(2).sub_(1)
+                if row + height > 1 and rows > 1:
+                    box += torch.arange(row, min(rows, row + height), dtype=torch.int32, device=box.device)[
+                        :, None
+                    ].mul_(self.count)
+                yield place, box.reshape(-1), u.reshape(-1)
+
+    def _pieces(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+        """Places in ``points``, box numbers counted over all rows, and positions in the box in [-1, 1]."""
+        return self._split() if self._whole is None else iter((self._whole,))
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """(rows, n, d) -> (rows, q, d)."""
+        rows, d = weight.shape[0], weight.shape[-1]
+        total = weight.new_zeros(rows * self.count, self.degree, d, dtype=torch.float64)
+        for place, box, u in self._pieces():
+            part = weight[place].reshape(-1, d).double()
+            total += _moments(box, u, part, rows * self.count, self.degree)
+        return torch.matmul(self.to_coefficients.mT, total).reshape(rows, -1, d)
+
+    def interpolate(self, value: Tensor) -> Tensor:
+        """(rows, q, d) -> (rows, n, d)."""
+        rows, d = value.shape[0], value.shape[-1]
+        series = torch.matmul(self.to_coefficients, value.reshape(rows * self.count, self.degree, d))
+        series = series.transpose(0, 1).contiguous()
+        if self._whole is not None:
+            return _series(*self._whole[1:], series).reshape(rows, -1, d)
+        out = value.new_empty(rows, self.points.shape[-1], d)
+        for place, box, u in self._pieces():
+            out[place] = _series(box, u, series).reshape(out[place].shape)
+        return out
+
+    def tails(self, density: Tensor) -> Tensor:
+        """Of functions (rows, functions, q): (rows, boxes), how far each box leaves them unresolved."""
+        return _tails(density, self.degree, self.to_coefficients)
+
+
+class Cells:
+    """Boxes of any width for one row: each shrinks to the hull of its points, few values are nodes themselves.
+
+    Args:
+        points: (1, n).
+        edges: inner edges of the boxes, rising.
+        degree: nodes a box that holds more distinct values than that.
+        distinct: the points' values, rising, and each point's number among them; None to find them.
+    """
+
+    def __init__(
+        self, points: Tensor, edges: Tensor, degree: int, distinct: tuple[Tensor, Tensor] | None = None
+    ) -> None:
+        self.points, self.edges, self.degree = points, edges, degree
+        self.distinct = torch.unique(points[0], return_inverse=True) if distinct is None else distinct
+        value = self.distinct[0]
+        cell = torch.bucketize(value, edges, right=True)
+        upto = torch.bincount(cell, minlength=len(edges) + 1).cumsum(0)
+        held = upto.diff(prepend=upto.new_zeros(1))
+        wide = held > degree
+        last = upto[wide] - 1
+        self.low, self.high = value[last + 1 - held[wide]], value[last]
+        unit, self.to_coefficients = chebyshev(degree, value.device)
+        middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
+        curved = (middle[:, None] + half[:, None] * unit).reshape(-1)
+        inside = wide[cell]
+        self.inside, self.outside = inside.nonzero()[:, 0], (~inside).nonzero()[:, 0]
+        self.box = (wide.cumsum(0) - 1)[cell[self.inside]]
+        self.u = (value[self.inside] - middle[self.box]) / half[self.box]
+        self.nodes = torch.cat((curved, value[self.outside]))[None]
+        self.live = torch.ones_like(self.nodes, dtype=torch.bool)
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """(1, n, d) -> (1, q, d)."""
+        value, number = self.distinct
+        merged = weight.new_zeros(len(value), weight.shape[-1], dtype=torch.float64)
+        merged.index_add_(0, number, weight[0].double())
+        moments = _moments(self.box, self.u, merged[self.inside], len(self.low), self.degree)
+        inner = (self.to_coefficients.mT @ moments).reshape(-1, weight.shape[-1])
+        return torch.cat((inner, merged[self.outside]))[None]
+
+    def interpolate(self, value: Tensor) -> Tensor:
+        """(1, q, d) -> (1, n, d)."""
+        d, curved = value.shape[-1], len(self.low) * self.degree
+        out = value.new_empty(len(self.distinct[0]), d)
+        out[self.outside] = value[0, curved:]
+        series = self.to_coefficients @ value[0, :curved].reshape(-1, self.degree, d)
+        out[self.inside] = _series(self.box, self.u, series.transpose(0, 1).contiguous())
+        return out.index_select(0, self.distinct[1])[None]
+
+    def tails(self, density: Tensor) -> Tensor:
+        """Of functions (1, functions, q): (1, boxes), how far each box leaves them unresolved."""
+        return _tails(density[..., : len(self.low) * self.degree], self.degree, self.to_coefficients)
+
+    def bisected(self, bad: Tensor) -> Cells:
+        """The same points with the boxes (boxes,) bool cut in the middle of their hulls."""
+        middle = ((self.low + self.high) / 2)[bad]
+        return Cells(self.points, torch.cat((self.edges, middle)).sort().values, self.degree, self.distinct)
+
+
+class Chained:
+    """Fine boxes of low degree next to the points, and nodes for what the fine boxes hold: points are touched once.
+
+    Args:
+        fine: boxes over the points.
+        coarse: from points (rows, fine nodes) to the nodes that stand for them.
+        kept: the fine nodes that are points of ``coarse``, where these are not all (one row only).
+    """
+
+    def __init__(self, fine: Boxes, coarse: Nodes, kept: Tensor | None = None) -> None:
+        self.fine, self.coarse, self.kept = fine, coarse, kept
+        self.points, self.nodes, self.live = fine.points, coarse.nodes, coarse.live
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """(rows, n, d) -> (rows, q, d)."""
+        between = self.fine.spread(weight)
+        return self.coarse.spread(between if self.kept is None else between[:, self.kept])
+
+    def interpolate(self, value: Tensor) -> Tensor:
+        """(rows, q, d) -> (rows, n, d)."""
+        between = self.coarse.interpolate(value)
+        if self.kept is not None:
+            whole = between.new_zeros(1, self.fine.nodes.shape[-1], value.shape[-1])
+            whole[:, self.kept] = between
+            between = whole
+        return self.fine.interpolate(between)
+
+    def tails(self, density: Tensor) -> Tensor:
+        """As the coarse nodes say."""
+        return self.coarse.tails(density)
