@@ -56,8 +56,8 @@ def soft_sort(
             ``"softsort"`` (Prillo and Eisenschlos 2020); ``"network"`` (Petersen et al. 2021, 2022); and, for ranks
             only, ``"sigmoid"`` (Qin et al. 2008) and ``"gaussian"`` (SoftRank, Taylor et al. 2008).
         variant: of the method: projection ``"l2"``, ``"kl"``; neuralsort ``"deterministic"``, ``"stochastic"``;
-            softsort ``"l1"``, ``"l2"``; network ``"odd_even_cauchy"``, ``"bitonic_logistic"`` and the like, with swaps
-            ``cauchy``, ``logistic``, ``reciprocal``, ``optimal``. None is the first one.
+            softsort ``"l1"``, ``"l2"``; network ``"bitonic_optimal"``, ``"odd_even_logistic"`` and the like, with swaps
+            ``optimal``, ``cauchy``, ``reciprocal``, ``logistic``. None is the first one.
         weights: (\*batch, n), non-negative, of x's dtype, broadcast to x: masses of the entries.
         mask: bool, broadcast to x, True = takes part. With c valid entries the first c values are those of the
             unpadded row, the others 0.
@@ -494,7 +494,7 @@ class _Call:
             )
         _checks.choice("method", method, NAMES)
         self.method, self.variant, self.hard, self.p = method, variant, hard, p
-        self.options = self._options(variant, generator)
+        self.options = self._options(variant, generator, descending)
         self.batch = (*x.shape[: self.dim], *x.shape[self.dim + 1 :])
         self.default_epsilon = epsilon is None
         self.epsilon = self._epsilon(epsilon, x)
@@ -518,7 +518,9 @@ class _Call:
         self.dtype = x.dtype
         self.rows: Rows = prepare(x, self.dim, descending, weights, mask, standardize)
 
-    def _options(self, variant: str | None, generator: torch.Generator | None) -> dict[str, Any]:
+    def _options(
+        self, variant: str | None, generator: torch.Generator | None, descending: bool
+    ) -> dict[str, Any]:
         if self.method == "transport":
             if variant is not None:
                 _checks.reject("variant", 'None with method="transport"', repr(variant), "Drop it.")
@@ -529,7 +531,8 @@ class _Call:
                 _checks.choice("variant", variant, tuple(variants))
             options = variants[variant] if variant is not None else next(iter(variants.values()))
         if variant in RANDOM:
-            return {**options, "generator": generator}
+            # the scores are negated for descending order; the noise draws from the largest on all the same
+            return {"noise": -options["noise"] if descending else options["noise"], "generator": generator}
         if generator is not None:
             _checks.reject("generator", "None unless the variant is random", "a generator", "Drop it.")
         return options

@@ -35,8 +35,8 @@ def _alike(epsilon: float) -> dict[str, float]:
 
 _NETWORKS = {
     f"{wires}_{swap}": {"network": wires, "swap": swap}
-    for wires in ("odd_even", "bitonic")
-    for swap in ("cauchy", "logistic", "reciprocal", "optimal")
+    for wires in network.NETWORKS[::-1]
+    for swap in network.SWAPS[::-1]
 }
 
 METHODS = {

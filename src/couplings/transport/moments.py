@@ -31,22 +31,31 @@ LONG = 2**15
 """Rows with more points go through fine boxes."""
 
 TOLERANCE = 1e-12
-"""Weighted mean of |gamma + M| at which Newton stops."""
+"""Weighted mean of |gamma + M| that needs no further step."""
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """What the boxes must resolve: ``degree`` nodes a box of ``width`` sqrt(epsilon), ``tail`` left of a density."""
+    """What the solution must resolve.
+
+    Attributes:
+        degree: nodes a box.
+        width: of a box, in units of sqrt(epsilon).
+        tail: what may be left of a density, times its box's mass.
+        fine_degree: nodes a fine box.
+        last_change: a Newton step of that size is the last one: what is left is of the order of its square.
+    """
 
     degree: int
     width: float
     tail: float
     fine_degree: int
+    last_change: float
 
 
 ACCURACY = {
-    torch.float32: Accuracy(degree=16, width=2.0, tail=1e-5, fine_degree=4),
-    torch.float64: Accuracy(degree=24, width=2.0, tail=1e-9, fine_degree=8),
+    torch.float32: Accuracy(degree=16, width=2.0, tail=1e-5, fine_degree=4, last_change=1e-3),
+    torch.float64: Accuracy(degree=24, width=2.0, tail=1e-9, fine_degree=8, last_change=1e-6),
 }
 
 
@@ -168,9 +177,16 @@ class _System:
 
     def jacobian(self, w: Tensor, v: Tensor) -> Tensor:
         """I - V W, made regular by what it does to constants."""
-        matrix = self.share.unsqueeze(-2) - v.mT @ w
+        matrix = self.share.unsqueeze(-2).to(w.dtype) - v.mT @ w
         matrix.diagonal(dim1=-2, dim2=-1).add_(1)
         return matrix
+
+    def change(self, w: Tensor, v: Tensor, balance: Tensor, accuracy: Accuracy) -> Tensor:
+        """The Newton step; from a float32 matrix where that is the accuracy: half the time, and it converges as well."""
+        work = torch.float32 if accuracy is ACCURACY[torch.float32] else torch.float64
+        matrix = self.jacobian(w.to(work), v.to(work))
+        step: Tensor = torch.linalg.solve_ex(matrix, self.centred(balance).to(work).unsqueeze(-1))[0]
+        return step.squeeze(-1).double()
 
     def kernel(self, gamma: Tensor, log_norm: Tensor) -> Tensor:
         """exp(D + gamma - L), 0 at nodes that stand for nothing."""
@@ -187,7 +203,7 @@ def _weighted_softmax(z: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tens
     return (most + total.log()).squeeze(dim), part.div_(total)
 
 
-def newton(system: _System, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def newton(system: _System, gamma: Tensor, accuracy: Accuracy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """gamma, L, error and steps of each row, by plain Newton steps; a row freezes when it has converged."""
     steps = torch.zeros(gamma.shape[0], dtype=torch.int64, device=gamma.device)
     log_norm, balance, w, v = system.evaluate(gamma)
@@ -198,13 +214,12 @@ def newton(system: _System, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tens
         live &= error > TOLERANCE
         if not bool(live.any()):
             break
-        change = torch.linalg.solve_ex(system.jacobian(w, v), system.centred(balance).unsqueeze(-1))[0]
-        change = change.squeeze(-1).clamp(-20, 20)
+        change = system.change(w, v, balance, accuracy).clamp(-20, 20)
         gamma = torch.where(live.unsqueeze(-1), gamma - change, gamma)
         steps += live
+        live &= change.abs().amax(-1) > accuracy.last_change
         log_norm, balance, w, v = system.evaluate(gamma)
-        before, error = error, system.error(balance)
-        live &= ~((error < 1e-9) & (error > 0.3 * before))  # at rounding
+        error = system.error(balance)
         better = (error < least).unsqueeze(-1)
         best, best_norm = torch.where(better, gamma, best), torch.where(better, log_norm, best_norm)
         least = torch.minimum(error, least)
@@ -285,13 +300,13 @@ def _solve_alike(
     side_x, side_y = _equal(x, boxes_x, accuracy), _equal(y, boxes_y, accuracy)
     system = _System(side_x, side_y, problem)
     gamma = start(*_summary(side_x, a), *_summary(side_y, b), side_y.nodes, power) / epsilon
-    solved = _finish(rows, side_x, side_y, system, newton(system, gamma))
+    solved = _finish(rows, side_x, side_y, system, newton(system, gamma, accuracy))
     out = [solved]
     lost = ~((solved.error < GOOD) & (solved.unresolved < accuracy.tail))
     for row in lost.nonzero()[:, 0].tolist():
         alone = problem.rows(slice(row, row + 1))
         if all(bool(t.isfinite().all()) for t in alone[:5]):
-            out.append(_refined(rows[row : row + 1], alone, accuracy, boxes_x, boxes_y))
+            out.append(_refined(alone, accuracy, boxes_x, boxes_y, solved, row))
     return out
 
 
@@ -300,7 +315,7 @@ def solve_exactly(problem: Problem) -> Solved:
     x, a, y, b, epsilon, power = problem
     rows, side_x, side_y = torch.arange(x.shape[0]), Exact(x), Exact(y)
     system = _System(side_x, side_y, problem)
-    found = newton(system, start(x, a, y, b, y, power) / epsilon)
+    found = newton(system, start(x, a, y, b, y, power) / epsilon, ACCURACY[torch.float64])
     for row in (~(found[2] < GOOD)).nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
         alone = _System(Exact(x[one]), Exact(y[one]), problem.rows(one))
@@ -355,15 +370,21 @@ def _unresolved(side: Nodes, density: Tensor, mass: Tensor) -> Tensor:
     return side.tails(density) * held.abs()
 
 
-def _refined(rows: Tensor, problem: Problem, accuracy: Accuracy, boxes_x: int, boxes_y: int) -> Solved:
-    """One row, its boxes cut on both sides wherever they leave a density unresolved."""
+def _refined(
+    problem: Problem, accuracy: Accuracy, boxes_x: int, boxes_y: int, equal: Solved, row: int
+) -> Solved:
+    """One row, its boxes cut on both sides wherever they leave a density unresolved, beginning with equal boxes."""
     x, a, y, b, epsilon, power = problem
+    one = slice(row, row + 1)
     side_x, side_y = (_cells(t, boxes, accuracy.degree) for t, boxes in ((x, boxes_x), (y, boxes_y)))
-    gamma = start(x, a, y, b, side_y.nodes, power) / epsilon
+    if equal.error[row] < GOOD:
+        gamma = _extended(equal.x.nodes[one], equal.mx[one], equal.log_norm[one], side_y, problem)
+    else:
+        gamma = start(x, a, y, b, side_y.nodes, power) / epsilon
     total = 0
     for round_ in range(ROUNDS):
         system = _System(side_x, side_y, problem)
-        solved = _finish(rows, side_x, side_y, system, careful_newton(system, gamma))
+        solved = _finish(equal.rows[one], side_x, side_y, system, careful_newton(system, gamma))
         total += int(solved.steps)
         bad_x = _unresolved(side_x, solved.kernel.mT, system.mx)[0] >= accuracy.tail
         bad_y = _unresolved(side_y, solved.kernel, system.my)[0] >= accuracy.tail
@@ -374,11 +395,15 @@ def _refined(rows: Tensor, problem: Problem, accuracy: Accuracy, boxes_x: int, b
             side_x = side_x.bisected(bad_x)
         if isinstance(side_y, Cells):
             side_y = side_y.bisected(bad_y)
-        # gamma = -M at the new nodes
-        exponent = (old.unsqueeze(-1) - side_y.nodes.unsqueeze(-2)).abs().pow(power) / -epsilon.unsqueeze(-1)
-        exponent = exponent - solved.log_norm.unsqueeze(-1)
-        gamma = -_weighted_softmax(exponent, system.mx.unsqueeze(-1), -2)[0]
+        gamma = _extended(old, system.mx, solved.log_norm, side_y, problem)
     return replace(solved, steps=torch.tensor([total], device=x.device))
+
+
+def _extended(nodes: Tensor, mass: Tensor, log_norm: Tensor, side_y: Nodes, problem: Problem) -> Tensor:
+    """gamma = -M at new nodes of the targets."""
+    exponent = (nodes.unsqueeze(-1) - side_y.nodes.unsqueeze(-2)).abs().pow(problem.power)
+    exponent = exponent / -problem.epsilon.unsqueeze(-1) - log_norm.unsqueeze(-1)
+    return -_weighted_softmax(exponent, mass.unsqueeze(-1), -2)[0]
 
 
 def _cells(t: Tensor, boxes: int, degree: int) -> Nodes:
