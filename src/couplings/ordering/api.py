@@ -155,7 +155,7 @@ def soft_rank(
     with full_precision(x):
         if method == "transport":
             place = call.targets(num_targets, targets, target_weights)
-            out = call.averages(place, place.b.cumsum(-1) * call.rows.count)
+            out = call.averages(place, place.b.cumsum(-1) * call.rows.count, straight=True)
         else:
             call.refuse(num_targets=num_targets, targets=targets, target_weights=target_weights)
             out = call.relaxed("ranks", call.exact_ranks)
@@ -631,11 +631,13 @@ class _Call:
         link = (0 * self.rows.x).sum(-1)
         return exact + link.reshape(*link.shape, *(1,) * (exact.dim() - link.dim())).to(exact.dtype)
 
-    def averages(self, place: Targets, of_targets: Tensor) -> Tensor:
+    def averages(self, place: Targets, of_targets: Tensor, straight: bool = False) -> Tensor:
         """E[of_targets_J | entry], (*batch, n); 0 where masked."""
         rows = self.rows
         out = self._choose(
-            lambda: entropic.solve(rows, self.epsilon, place, self.squash, self.p, of_targets, None)[0],
+            lambda: entropic.solve(
+                rows, self.epsilon, place, self.squash, self.p, of_targets, None, straight
+            )[0],
             lambda: entropic.exact_ranks(rows, place, of_targets),
         )
         return self._clear(out.to(rows.x.dtype))

@@ -27,12 +27,14 @@ class Targets:
         b: (*batch, m) masses of sum 1, float64; 0 beyond ``live``.
         live: (*batch, m) bool, True for a target that this row has; None where every row has all.
         plain: whether each row has one target of equal mass for each of its valid entries.
+        even: whether every row has the same even targets of equal mass.
     """
 
     y: Tensor
     b: Tensor
     live: Tensor | None
     plain: bool
+    even: bool = False
 
     def clear(self, values: Tensor) -> Tensor:
         """(*batch, m, *payload) with 0 at targets that a row lacks."""
@@ -49,7 +51,8 @@ def even_targets(rows: Rows, count: int | None) -> Targets:
     place = torch.arange(m, dtype=torch.float64, device=rows.x.device)
     if count is not None or rows.mask is None:
         y = place / max(1, m - 1)
-        return Targets(y.expand(*batch, m), torch.full_like(y, 1 / m).expand(*batch, m), None, count is None)
+        mass = y.new_full((1,), 1 / m).expand(*batch, m)
+        return Targets(y.expand(*batch, m), mass, None, count is None, True)
     valid = rows.count.double()
     live = place < valid
     y = (place / (valid - 1).clamp_min(1)).clamp_max(1)
@@ -93,6 +96,7 @@ def solve(
     power: float,
     target_values: Tensor | None,
     values: Tensor | None,
+    straight: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """E[target_values_J | entry], (*batch, n), and E[values_I | target], (*batch, m, d); float64."""
     if not isinstance(epsilon, Tensor):
@@ -110,6 +114,8 @@ def solve(
         epsilon,
         power,
         rows.x.dtype,
+        targets.even,
+        straight and targets.even,
     )
 
 

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from couplings.transport.nodes import Boxes, Cells, Chained, Exact, Nodes
+from couplings.transport.nodes import Boxes, Cells, Chained, Exact, Nodes, Shared
 
 STEPS = 16
 """Most Newton steps; 4 are the rule, whatever epsilon."""
@@ -69,6 +70,7 @@ class Problem(NamedTuple):
         b: (rows, m) masses of the targets, >= 0, of sum 1.
         epsilon: (rows, 1), positive.
         power: the cost is |x - y|^power, power >= 1.
+        even: whether every row has the same targets of equal mass, evenly on [0, 1].
     """
 
     x: Tensor
@@ -77,11 +79,12 @@ class Problem(NamedTuple):
     b: Tensor
     epsilon: Tensor
     power: float
+    even: bool = False
 
     def rows(self, pick: Tensor | slice) -> Problem:
         """Some of the rows."""
         x, a, y, b, epsilon = (t[pick] for t in self[:5])
-        return Problem(x, a, y, b, epsilon, self.power)
+        return Problem(x, a, y, b, epsilon, self.power, self.even)
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ def start(x: Tensor, a: Tensor, y: Tensor, b: Tensor, at: Tensor, power: float) 
 class _System:
     """gamma + M(gamma) = 0 for fixed nodes and moments."""
 
-    def __init__(self, x: Nodes, y: Nodes, problem: Problem) -> None:
+    def __init__(self, x: Nodes, y: Nodes, mx: Tensor, my: Tensor, problem: Problem) -> None:
         apart = x.nodes.unsqueeze(-1) - y.nodes.unsqueeze(-2)
         rate, power = problem.epsilon.unsqueeze(-1), problem.power
         if power == 2:
@@ -150,9 +153,7 @@ class _System:
         else:
             self.exponent = apart.abs().pow(power) / -rate
             self.slope = apart.sign() * apart.abs().pow(power - 1) * (-power / rate)
-        self.mx, self.my = (
-            side.spread(mass.unsqueeze(-1)).squeeze(-1) for side, mass in ((x, problem.a), (y, problem.b))
-        )
+        self.mx, self.my = mx, my
         self.dead_x = torch.where(x.live, 0.0, math.inf)
         self.dead_y = torch.where(y.live, 0.0, -math.inf)
         self.live_y = y.live
@@ -182,7 +183,7 @@ class _System:
         return matrix
 
     def change(self, w: Tensor, v: Tensor, balance: Tensor, accuracy: Accuracy) -> Tensor:
-        """The Newton step; from a float32 matrix where that is the accuracy: half the time, and it converges as well."""
+        """The Newton step; from a float32 matrix where that is the accuracy, which takes half the time."""
         work = torch.float32 if accuracy is ACCURACY[torch.float32] else torch.float64
         matrix = self.jacobian(w.to(work), v.to(work))
         step: Tensor = torch.linalg.solve_ex(matrix, self.centred(balance).to(work).unsqueeze(-1))[0]
@@ -296,10 +297,18 @@ def _solve_alike(
     rows: Tensor, problem: Problem, accuracy: Accuracy, boxes_x: int, boxes_y: int
 ) -> list[Solved]:
     """All rows between equal boxes; then the rows that this does not resolve, one by one, on top."""
-    x, a, y, b, epsilon, power = problem
-    side_x, side_y = _equal(x, boxes_x, accuracy), _equal(y, boxes_y, accuracy)
-    system = _System(side_x, side_y, problem)
-    gamma = start(*_summary(side_x, a), *_summary(side_y, b), side_y.nodes, power) / epsilon
+    x, a, y, b, epsilon, power, _ = problem
+    side_x = _equal(x, boxes_x, accuracy)
+    mx, place_x, held_x = _masses(side_x, a)
+    if problem.even and boxes_y:
+        side_y, my, place_y, held_y = _even_targets(y.shape[-1], boxes_y, accuracy, y.device)
+        place_y, held_y = place_y.expand(len(x), -1), held_y.expand(len(x), -1)
+    else:
+        side_y = _equal(y, boxes_y, accuracy)
+        my, place_y, held_y = _masses(side_y, b)
+    system = _System(side_x, side_y, mx, my, problem)
+    at = side_y.nodes.expand(len(x), -1)
+    gamma = start(place_x, held_x, place_y, held_y, at, power) / epsilon
     solved = _finish(rows, side_x, side_y, system, newton(system, gamma, accuracy))
     out = [solved]
     lost = ~((solved.error < GOOD) & (solved.unresolved < accuracy.tail))
@@ -312,13 +321,13 @@ def _solve_alike(
 
 def solve_exactly(problem: Problem) -> Solved:
     """All rows with every point and target its own node: the kernel is the whole plan's density."""
-    x, a, y, b, epsilon, power = problem
+    x, a, y, b, epsilon, power, _ = problem
     rows, side_x, side_y = torch.arange(x.shape[0]), Exact(x), Exact(y)
-    system = _System(side_x, side_y, problem)
+    system = _System(side_x, side_y, a, b, problem)
     found = newton(system, start(x, a, y, b, y, power) / epsilon, ACCURACY[torch.float64])
     for row in (~(found[2] < GOOD)).nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
-        alone = _System(Exact(x[one]), Exact(y[one]), problem.rows(one))
+        alone = _System(Exact(x[one]), Exact(y[one]), a[one], b[one], problem.rows(one))
         for whole, part in zip(found, careful_newton(alone, found[0][one]), strict=True):
             whole[one] = part
     return _finish(rows, side_x, side_y, system, found)
@@ -331,20 +340,35 @@ GOOD = 1e-10
 def _equal(t: Tensor, boxes: int, accuracy: Accuracy) -> Nodes:
     if boxes == 0:
         return Exact(t)
+    single = accuracy is ACCURACY[torch.float32]
     if t.shape[-1] <= LONG:
-        return Boxes(t, boxes, accuracy.degree)
-    fine = Boxes(t, FINE, accuracy.fine_degree)
+        return Boxes(t, boxes, accuracy.degree, single=single)
+    fine = Boxes(t, FINE, accuracy.fine_degree, single=single)
     return Chained(fine, Boxes(fine.nodes, boxes, accuracy.degree, fine.live))
 
 
-def _summary(side: Nodes, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Few places and masses that tell where the points are: themselves, or what each fine box holds at its middle."""
+def _masses(side: Nodes, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Moments of the masses, and few places and masses that tell where they are.
+
+    These are the points themselves, or what each fine box holds at its middle.
+    """
     if not isinstance(side, Chained):
-        return side.points, mass
+        return side.spread(mass.unsqueeze(-1)).squeeze(-1), side.points, mass
     fine = side.fine
-    held = fine.spread(mass.unsqueeze(-1)).reshape(mass.shape[0], fine.count, fine.degree).sum(-1)
+    between = fine.spread(mass.unsqueeze(-1))
+    held = between.reshape(mass.shape[0], fine.count, fine.degree).sum(-1)
     place = torch.arange(fine.count, dtype=torch.float64, device=mass.device) + 0.5
-    return fine.low + fine.width * place, held
+    return side.carry(between).squeeze(-1), fine.low + fine.width * place, held
+
+
+@lru_cache(maxsize=8)
+def _even_targets(
+    count: int, boxes: int, accuracy: Accuracy, device: torch.device
+) -> tuple[Nodes, Tensor, Tensor, Tensor]:
+    """Nodes and masses of even targets, which do not depend on the points."""
+    y = (torch.arange(count, dtype=torch.float64, device=device) / max(1, count - 1))[None]
+    side = _equal(y, boxes, accuracy)
+    return Shared(side), *_masses(side, torch.full_like(y[:, :1], 1 / count).expand(1, count))
 
 
 def _finish(
@@ -362,7 +386,8 @@ def _finish(
 
 def _unresolved(side: Nodes, density: Tensor, mass: Tensor) -> Tensor:
     """What each box leaves of a density, times its mass, (rows, boxes): its cardinal polynomials sum to 1."""
-    boxes = side.coarse if isinstance(side, Chained) else side
+    boxes = side.one if isinstance(side, Shared) else side
+    boxes = boxes.coarse if isinstance(boxes, Chained) else boxes
     if not isinstance(boxes, (Boxes, Cells)):
         return mass.new_zeros(mass.shape[0], 0)
     curved = len(boxes.low) * boxes.degree if isinstance(boxes, Cells) else mass.shape[-1]
@@ -374,7 +399,7 @@ def _refined(
     problem: Problem, accuracy: Accuracy, boxes_x: int, boxes_y: int, equal: Solved, row: int
 ) -> Solved:
     """One row, its boxes cut on both sides wherever they leave a density unresolved, beginning with equal boxes."""
-    x, a, y, b, epsilon, power = problem
+    x, a, y, b, epsilon, power, _ = problem
     one = slice(row, row + 1)
     side_x, side_y = (_cells(t, boxes, accuracy.degree) for t, boxes in ((x, boxes_x), (y, boxes_y)))
     if equal.error[row] < GOOD:
@@ -383,7 +408,8 @@ def _refined(
         gamma = start(x, a, y, b, side_y.nodes, power) / epsilon
     total = 0
     for round_ in range(ROUNDS):
-        system = _System(side_x, side_y, problem)
+        mx, my = _masses(side_x, a)[0], _masses(side_y, b)[0]
+        system = _System(side_x, side_y, mx, my, problem)
         solved = _finish(equal.rows[one], side_x, side_y, system, careful_newton(system, gamma))
         total += int(solved.steps)
         bad_x = _unresolved(side_x, solved.kernel.mT, system.mx)[0] >= accuracy.tail

@@ -52,7 +52,7 @@ class Exact:
 
     def spread(self, weight: Tensor) -> Tensor:
         """The weights themselves."""
-        return weight
+        return weight.double()
 
     def interpolate(self, value: Tensor) -> Tensor:
         """The values themselves."""
@@ -73,30 +73,43 @@ def chebyshev(degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.cos(angle), matrix
 
 
-def _moments(box: Tensor, u: Tensor, weight: Tensor, boxes: int, degree: int) -> Tensor:
-    """sum_i w_i T_k(u_i) over the points of each box, (boxes, degree, d), for box (n,), u (n,), weight (n, d)."""
-    out = weight.new_empty(degree, boxes, weight.shape[-1])
-    twice = u * 2
+def _moments(box: Tensor, u: Tensor, weight: Tensor | None, boxes: int, degree: int) -> Tensor:
+    """sum_i w_i T_k(u_i) over the points of each box, (boxes, degree, d).
 
-    def total(term: Tensor, k: int) -> None:
-        if weight.shape[-1] <= 4:
-            for d in range(weight.shape[-1]):
-                out[k, :, d] = torch.bincount(box, term[:, d], minlength=boxes)
-        else:
-            out[k] = term.new_zeros(boxes, weight.shape[-1]).index_add_(0, box, term)
-
-    before, term = weight * u[:, None], weight
+    For box (n,), u (n,) and weight (n, d); without one all weigh 1, d = 1.
+    """
+    d = 1 if weight is None else weight.shape[-1]
+    out = u.new_empty(degree, boxes, d)
+    twice = (u * 2)[:, None]
+    before = term = weight
     for k in range(degree):
-        total(term, k)
-        if k + 1 < degree:  # T_(k+1) = 2 u T_k - T_(k-1), and T_(-1) = T_1
-            before, term = term, torch.addcmul(-before, twice[:, None], term)
+        if term is None:
+            out[0, :, 0] = torch.bincount(box, minlength=boxes)
+        elif d <= 4:
+            for column in range(d):
+                out[k, :, column] = torch.bincount(box, term[:, column], minlength=boxes)
+        else:
+            out[k] = term.new_zeros(boxes, d).index_add_(0, box, term)
+        if k + 1 == degree:
+            break
+        if k == 0:  # T_0 = 1, T_1 = u
+            term = u[:, None] if weight is None else weight * u[:, None]
+        elif k == 1 and weight is None:
+            before, term = term, torch.sub(twice * u[:, None], 1)
+        else:  # T_(k+1) = 2 u T_k - T_(k-1)
+            before, term = term, (twice * term).sub_(before)  # type: ignore[operator, arg-type]
     return out.transpose(0, 1)
 
 
 def _series(box: Tensor, u: Tensor, coefficients: Tensor) -> Tensor:
     """sum_k c_k T_k(u_i) by Clenshaw's recurrence, (n, d), for coefficients (degree, boxes, d)."""
-    twice = (u * 2)[:, None]
-    degree = coefficients.shape[0]
+    degree, _, d = coefficients.shape
+    u = u.to(coefficients.dtype)
+    if d == 1:
+        coefficients = coefficients.squeeze(-1)
+    else:
+        u = u[:, None]
+    twice = u * 2
     one: Tensor | None = None
     two: Tensor | None = None
     for k in range(degree - 1, 0, -1):
@@ -108,10 +121,10 @@ def _series(box: Tensor, u: Tensor, coefficients: Tensor) -> Tensor:
         one, two = new, one
     out = coefficients[0].index_select(0, box)
     if one is not None:
-        out.addcmul_(u[:, None], one)
+        out.addcmul_(u, one)
     if two is not None:
         out.sub_(two)
-    return out
+    return out.reshape(-1, d)
 
 
 def _tails(density: Tensor, degree: int, to_coefficients: Tensor) -> Tensor:
@@ -129,10 +142,14 @@ class Boxes:
         count: boxes a row.
         degree: nodes a box, at least 2.
         present: (rows, n) bool, True for the points that count; the others have no weight, and no value is asked there.
+        single: whether values at the points are wanted in float32.
     """
 
-    def __init__(self, points: Tensor, count: int, degree: int, present: Tensor | None = None) -> None:
+    def __init__(
+        self, points: Tensor, count: int, degree: int, present: Tensor | None = None, single: bool = False
+    ) -> None:
         self.points, self.count, self.degree = points, count, degree
+        self.work = torch.float32 if single else torch.float64
         rows = points.shape[0]
         if present is None:
             low, high = (end.unsqueeze(-1) for end in points.aminmax(dim=-1))
@@ -140,17 +157,17 @@ class Boxes:
             low = points.masked_fill(~present, math.inf).amin(-1, keepdim=True)
             high = points.masked_fill(~present, -math.inf).amax(-1, keepdim=True)
         self.low = low
-        self.width = torch.where(high > low, (high - low) / count, torch.ones_like(low))
+        self.width = torch.where(high > low, (high - low) / count, 1.0)
         unit, self.to_coefficients = chebyshev(degree, points.device)
         left = torch.arange(count, dtype=torch.float64, device=points.device)[:, None]
         self.nodes = self.low + self.width * (left + (unit + 1) / 2).reshape(1, -1)
         self._whole = next(self._split()) if points.numel() <= CHUNK else None
-        population = torch.zeros(rows * count, dtype=torch.float64, device=points.device)
+        self.population = torch.zeros(rows * count, dtype=torch.float64, device=points.device)
         for place, box, _ in self._pieces():
             here = None if present is None else present[place].reshape(-1).double()
-            population += torch.bincount(box, here, minlength=rows * count)
-        self.population = population.reshape(rows, count)
-        self.live = (self.population > 0).repeat_interleave(degree, -1)
+            self.population += torch.bincount(box, here, minlength=rows * count)
+        live = self.population.reshape(rows, count, 1) > 0
+        self.live = live.expand(rows, count, degree).reshape(rows, -1)
 
     def _split(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
         rows, n = self.points.shape
@@ -163,10 +180,9 @@ class Boxes:
                 u = (self.points[place] - self.low[down]).mul_(scale[down])
                 box = u.int().clamp_(0, self.count - 1)
                 u.sub_(box).mul_(2).sub_(1)
-                if row + height > 1 and rows > 1:
-                    box += torch.arange(row, min(rows, row + height), dtype=torch.int32, device=box.device)[
-                        :, None
-                    ].mul_(self.count)
+                if rows > 1:
+                    first = torch.arange(row, min(rows, row + height), dtype=torch.int32, device=box.device)
+                    box += (first * self.count)[:, None]
                 yield place, box.reshape(-1), u.reshape(-1)
 
     def _pieces(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
@@ -176,20 +192,29 @@ class Boxes:
     def spread(self, weight: Tensor) -> Tensor:
         """(rows, n, d) -> (rows, q, d)."""
         rows, d = weight.shape[0], weight.shape[-1]
-        total = weight.new_zeros(rows * self.count, self.degree, d, dtype=torch.float64)
-        for place, box, u in self._pieces():
-            part = weight[place].reshape(-1, d).double()
-            total += _moments(box, u, part, rows * self.count, self.degree)
+        boxes = rows * self.count
+        if self._whole is not None:
+            _, box, u = self._whole
+            total = _moments(box, u, weight.reshape(-1, d).double(), boxes, self.degree)
+        else:
+            total = weight.new_zeros(boxes, self.degree, d, dtype=torch.float64)
+            even = d == 1 and weight.stride(1) == 0  # one number for all
+            for place, box, u in self._pieces():
+                part = None if even else weight[place].reshape(-1, d).double()
+                total += _moments(box, u, part, boxes, self.degree)
+            if even:
+                each = weight[:, :1, :].repeat_interleave(self.count, 0)
+                total *= each
         return torch.matmul(self.to_coefficients.mT, total).reshape(rows, -1, d)
 
     def interpolate(self, value: Tensor) -> Tensor:
         """(rows, q, d) -> (rows, n, d)."""
         rows, d = value.shape[0], value.shape[-1]
         series = torch.matmul(self.to_coefficients, value.reshape(rows * self.count, self.degree, d))
-        series = series.transpose(0, 1).contiguous()
+        series = series.transpose(0, 1).to(self.work, memory_format=torch.contiguous_format)
         if self._whole is not None:
             return _series(*self._whole[1:], series).reshape(rows, -1, d)
-        out = value.new_empty(rows, self.points.shape[-1], d)
+        out = value.new_empty(rows, self.points.shape[-1], d, dtype=self.work)
         for place, box, u in self._pieces():
             out[place] = _series(box, u, series).reshape(out[place].shape)
         return out
@@ -274,7 +299,10 @@ class Chained:
 
     def spread(self, weight: Tensor) -> Tensor:
         """(rows, n, d) -> (rows, q, d)."""
-        between = self.fine.spread(weight)
+        return self.carry(self.fine.spread(weight))
+
+    def carry(self, between: Tensor) -> Tensor:
+        """From the fine nodes, (rows, fine nodes, d), to the coarse ones."""
         return self.coarse.spread(between if self.kept is None else between[:, self.kept])
 
     def interpolate(self, value: Tensor) -> Tensor:
@@ -289,3 +317,33 @@ class Chained:
     def tails(self, density: Tensor) -> Tensor:
         """As the coarse nodes say."""
         return self.coarse.tails(density)
+
+
+class Shared:
+    """One row of points that all rows have: worked on once, the rows standing side by side as columns."""
+
+    def __init__(self, one: Nodes) -> None:
+        self.one = one
+        self.points, self.nodes, self.live = one.points, one.nodes, one.live
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """(rows, n, d) -> (rows, q, d), or (1, q, d) where all rows are the same memory."""
+        if weight.shape[0] == 1 or weight.stride(0) == 0:
+            return self.one.spread(weight[:1])
+        return self._unfold(self.one.spread(self._fold(weight)), weight)
+
+    def interpolate(self, value: Tensor) -> Tensor:
+        """(rows, q, d) -> (rows, n, d)."""
+        return self._unfold(self.one.interpolate(self._fold(value)), value)
+
+    def tails(self, density: Tensor) -> Tensor:
+        """Row by row, as the one says."""
+        return self.one.tails(density)
+
+    @staticmethod
+    def _fold(t: Tensor) -> Tensor:
+        return t.transpose(0, 1).reshape(1, t.shape[1], -1)
+
+    @staticmethod
+    def _unfold(t: Tensor, like: Tensor) -> Tensor:
+        return t.reshape(t.shape[1], like.shape[0], like.shape[2]).transpose(0, 1)

@@ -9,6 +9,7 @@ Between nodes (moments.py) the plan is a density K; every function of a point th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ def order(
     epsilon: Tensor,
     power: float,
     dtype: torch.dtype,
+    even: bool = False,
+    straight: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Ranks and sorted values, differentiable twice in every argument.
 
@@ -45,17 +48,46 @@ def order(
         epsilon: (*batch, 1), positive.
         power: the cost is |x - y|^power, power >= 1.
         dtype: float32 or float64, the accuracy that is wanted.
+        even: every row has the same m even targets of equal mass on [0, 1], constants.
+        straight: c is affine in y, and a constant.
 
     Returns:
-        R (*batch, n) and S (*batch, m, d), float64; (*batch, 0) and (*batch, m, 0) where not wanted.
+        R (*batch, n) and S (*batch, m, d), in ``dtype`` or float64; (*batch, 0) and (*batch, m, 0) where not wanted.
     """
     if c is None:
         c = y.new_empty((*y.shape[:-1], 0))
     if v is None:
         v = x.new_empty((*x.shape, 0))
     flat = v.reshape(*v.shape[:-2], -1)  # every argument a row: one batch, one last dimension
-    ranks, values = apply(_Order, x, a, y, b, c, flat, epsilon, power, dtype == torch.float32, _Memory())
+    ranks, values = apply(
+        _Order,
+        x,
+        a,
+        y,
+        b,
+        c,
+        flat,
+        epsilon,
+        Setting(power, dtype == torch.float32, even, straight),
+        _Memory(),
+    )
     return ranks, values.reshape(*values.shape[:-1], y.shape[-1], v.shape[-1])
+
+
+class Setting(NamedTuple):
+    """What no gradient passes through.
+
+    Attributes:
+        power: the cost is |x - y|^power.
+        single: whether float32 accuracy is enough.
+        even: whether every row has the same even targets of equal mass on [0, 1], constants.
+        straight: whether c is affine in y, and a constant.
+    """
+
+    power: float
+    single: bool
+    even: bool
+    straight: bool
 
 
 class _Inputs(NamedTuple):
@@ -73,124 +105,113 @@ class _Inputs(NamedTuple):
     def of(cls, *tensors: Tensor) -> _Inputs:
         return cls(*_as_rows(*tensors))
 
-    def problem(self, power: float) -> Problem:
-        return Problem(self.x, self.a, self.y, self.b, self.epsilon, power)
+    def rows(self, pick: Tensor | slice) -> _Inputs:
+        return _Inputs(*(t[pick] for t in self))
+
+    def problem(self, setting: Setting) -> Problem:
+        return Problem(self.x, self.a, self.y, self.b, self.epsilon, setting.power, setting.even)
+
+    def solve(self, setting: Setting) -> list[Solved]:
+        if not len(self.x):
+            return []
+        return moments.solve(self.problem(setting), torch.float32 if setting.single else torch.float64)
 
 
 def _as_rows(*tensors: Tensor) -> list[Tensor]:
     rows = tensors[0].shape[:-1].numel()
-    return [t.reshape(rows, t.shape[-1]).double() for t in tensors]
+    return [t.reshape(rows, t.shape[-1]) for t in tensors]
 
 
 class _Memory:
     """The forward's solution, kept for its backward: it saves time and changes nothing."""
 
     def __init__(self) -> None:
-        self.solved: list[Solved] | None = None
+        self.solved: list[Solved] = []
         self.rows = -1
 
     def keep(self, solved: list[Solved], rows: int) -> None:
         self.solved, self.rows = solved, rows
 
-    def recall(self, rows: int) -> list[Solved] | None:
-        return self.solved if self.rows == rows else None
 
-
-def _accuracy(single: bool) -> torch.dtype:
-    return torch.float32 if single else torch.float64
-
-
-def _forward(
-    x: Tensor,
-    a: Tensor,
-    y: Tensor,
-    b: Tensor,
-    c: Tensor,
-    v: Tensor,
-    epsilon: Tensor,
-    power: float,
-    single: bool,
-) -> tuple[Tensor, Tensor]:
-    return _solve(x, a, y, b, c, v, epsilon, power, single, _Memory())
-
-
-def _solve(
-    x: Tensor,
-    a: Tensor,
-    y: Tensor,
-    b: Tensor,
-    c: Tensor,
-    v: Tensor,
-    epsilon: Tensor,
-    power: float,
-    single: bool,
-    memory: _Memory,
-) -> tuple[Tensor, Tensor]:
-    batch = x.shape[:-1]
-    given = _Inputs.of(x, a, y, b, c, v, epsilon)
-    rows, n, m = *given.x.shape, y.shape[-1]
-    d = v.shape[-1] // n
-    groups = moments.solve(given.problem(power), _accuracy(single)) if rows else []
+def _forward(inputs: Sequence[Tensor], setting: Setting, memory: _Memory) -> tuple[Tensor, Tensor]:
+    batch = inputs[0].shape[:-1]
+    given = _Inputs.of(*inputs)
+    rows, n, m = *given.x.shape, given.y.shape[-1]
+    d = given.v.shape[-1] // n
+    groups = given.solve(setting)
     memory.keep(groups, rows)
-    ranks, values = given.x.new_empty(rows, n if c.shape[-1] else 0), given.x.new_empty(rows, m, d)
+    work = torch.float32 if setting.single else torch.float64
+    ranks = given.x.new_empty(rows, n if given.c.shape[-1] else 0, dtype=work)
+    values = given.x.new_empty(rows, m, d)
     for group in groups:
-        pick = slice(None) if len(group.rows) == rows else group.rows
-        if c.shape[-1]:
-            moment = group.y.spread((given.b[pick] * given.c[pick]).unsqueeze(-1))
-            ranks[pick] = group.x.interpolate(group.kernel @ moment).squeeze(-1)
+        whole = len(group.rows) == rows
+        some = given if whole else given.rows(group.rows)
+        if given.c.shape[-1]:
+            found = group.x.interpolate(group.kernel @ _target_moments(group, some, setting)).squeeze(-1)
+            if whole:
+                ranks = found.to(work)
+            else:
+                ranks[group.rows] = found.to(work)
         if d:
-            moment = group.x.spread(given.a[pick].unsqueeze(-1) * given.v[pick].reshape(-1, n, d))
-            values[pick] = group.y.interpolate(group.kernel.mT @ moment)
+            moment = group.x.spread(some.a.unsqueeze(-1) * some.v.reshape(-1, n, d))
+            values[group.rows] = group.y.interpolate(group.kernel.mT @ moment).double()
     return ranks.reshape(*batch, -1), values.reshape(*batch, m * d)
 
 
+def _target_moments(group: Solved, given: _Inputs, setting: Setting) -> Tensor:
+    """Moments of b c at the targets' nodes, (rows, qy, 1)."""
+    if not setting.straight:
+        return group.y.spread((given.b * given.c).unsqueeze(-1))
+    first, last = given.y[:, :1], given.y[:, -1:]
+    rise = (given.c[:, -1:] - given.c[:, :1]) / torch.where(last > first, last - first, 1.0)
+    return (group.my * (given.c[:, :1] + rise * (group.y.nodes - first))).unsqueeze(-1)
+
+
 def _pull_back(
-    x: Tensor,
-    a: Tensor,
-    y: Tensor,
-    b: Tensor,
-    c: Tensor,
-    v: Tensor,
-    epsilon: Tensor,
-    ranks: Tensor,
-    values: Tensor,
-    ranks_grad: Tensor,
-    values_grad: Tensor,
-    power: float,
-    single: bool,
-    targets: bool,
-    memory: _Memory,
+    tensors: Sequence[Tensor], setting: Setting, masses: bool, targets: bool, memory: _Memory
 ) -> tuple[Tensor, ...]:
-    """Gradients with respect to x, a, y, b, c, v and epsilon; those of y, b, c and epsilon only if ``targets``."""
-    inputs = (x, a, y, b, c, v, epsilon)
+    """Gradients with respect to the seven inputs.
+
+    Args:
+        tensors: the inputs, ranks, values, and the gradients of these two.
+        setting: as in the forward.
+        masses: whether those of a and v are wanted.
+        targets: whether those of y, b, c and epsilon are wanted.
+        memory: the forward's solution, if it is that of these rows.
+    """
+    inputs = tensors[:7]
     given = _Inputs.of(*inputs)
-    outer = _as_rows(ranks, values, ranks_grad, values_grad)
-    rows, d = given.x.shape[0], v.shape[-1] // x.shape[-1]
-    groups = memory.recall(rows)
-    if groups is None:
-        groups = moments.solve(given.problem(power), _accuracy(single)) if rows else []
-    grads = [torch.zeros_like(t) for t in given]
+    outer = _as_rows(*tensors[7:])
+    rows = len(given.x)
+    groups = memory.solved if memory.rows == rows else given.solve(setting)
+    grads = [torch.zeros((), dtype=torch.float64).expand(t.shape) for t in given]
     for group in groups:
-        pick = slice(None) if len(group.rows) == rows else group.rows
-        some = _Inputs(*(t[pick] for t in given))
-        parts = _pull_back_group(group, some, [t[pick] for t in outer], d, power, targets)
-        for whole, part in zip(grads, parts, strict=True):
+        if len(group.rows) == rows:
+            parts = _pull_back_group(group, given, outer, setting, masses, targets)
+            grads = [grad if part is None else part for grad, part in zip(grads, parts, strict=True)]
+            continue
+        some = given.rows(group.rows)
+        parts = _pull_back_group(group, some, [t[group.rows] for t in outer], setting, masses, targets)
+        for place, part in enumerate(parts):
             if part is not None:
-                whole[pick] = part
+                if grads[place].stride(0) == 0 and rows > 1:
+                    grads[place] = grads[place].contiguous()
+                grads[place][group.rows] = part
     return tuple(grad.reshape(t.shape) for grad, t in zip(grads, inputs, strict=True))
 
 
 def _pull_back_group(
-    group: Solved, given: _Inputs, outer: list[Tensor], d: int, power: float, targets: bool
+    group: Solved, given: _Inputs, outer: list[Tensor], setting: Setting, masses: bool, targets: bool
 ) -> tuple[Tensor | None, ...]:
     """README.md, "Gradient of ranks and sorted values"; its letters."""
     x, a, y, b, c, v, epsilon = given
-    ranks_grad = outer[2]
+    _, values, ranks_grad, values_grad = outer
     rows, n, m = *x.shape, y.shape[1]
+    d = v.shape[1] // n
     k, kt = group.kernel, group.kernel.mT
     mx, my = group.mx.unsqueeze(-1), group.my.unsqueeze(-1)
     v = v.reshape(rows, n, d)
-    values, values_grad = (t.reshape(rows, m, d) for t in (outer[1], outer[3]))
+    values, values_grad = (t.reshape(rows, m, d) for t in (values, values_grad))
     no = x.new_zeros(1, 1, 1)
 
     # the cotangents as measures at the nodes, and the right-hand side e
@@ -198,7 +219,7 @@ def _pull_back_group(
     e = torch.zeros_like(my)
     rho = rank = mc = sigma = both = mv = no
     if c.shape[1]:
-        mc = group.y.spread((b * c).unsqueeze(-1))
+        mc = _target_moments(group, given, setting)
         rank = k @ mc
         rho = group.x.spread(ranks_grad.unsqueeze(-1))
         e = mc * (kt @ rho)
@@ -215,29 +236,29 @@ def _pull_back_group(
     price = torch.linalg.solve_ex(matrix, e)[0]
 
     # functions of a point X, (K t)(X), and their exact derivatives
-    t = torch.cat(
-        [price + both if d else price, *((mc,) if c.shape[1] else ()), *((sigma,) if d else ())], -1
-    )
-    at_x = k @ t
+    t = _columns(price + both if d else price, *((mc,) if c.shape[1] else ()), *((sigma,) if d else ()))
+    at_nodes = k @ t
     bent = k * group.slope
-    slope_x = bent @ t - at_x * (bent @ my)
-    at_x, slope_x = group.x.interpolate(at_x), group.x.interpolate(slope_x)
+    slope_x = group.x.interpolate(bent @ t - at_nodes * (bent @ my))
     x_grad = -a * slope_x[..., 0]
-    a_grad = -at_x[..., 0]
-    v_grad = torch.zeros_like(v)
     first = 1
     if c.shape[1]:
-        x_grad = x_grad + ranks_grad * slope_x[..., 1]
+        x_grad = torch.addcmul(x_grad, ranks_grad, slope_x[..., 1])
         first = 2
     if d:
         x_grad = x_grad + a * (v * slope_x[..., first:]).sum(-1)
-        a_grad = a_grad + (v * at_x[..., first:]).sum(-1)
-        v_grad = a.unsqueeze(-1) * at_x[..., first:]
+    a_grad = v_grad = None
+    if masses:
+        at_x = group.x.interpolate(at_nodes)
+        a_grad = -at_x[..., 0]
+        if d:
+            a_grad = a_grad + (v * at_x[..., first:]).sum(-1)
+            v_grad = (a.unsqueeze(-1) * at_x[..., first:]).reshape(rows, -1)
     if not targets:
-        return x_grad, a_grad, None, None, None, v_grad.reshape(rows, -1), None
+        return x_grad, a_grad, None, None, None, v_grad, None
 
     # functions of a target Y, (K' t)(Y)
-    t = torch.cat([pull + mx * (k @ price), *((rho,) if c.shape[1] else ()), *((mv,) if d else ())], -1)
+    t = _columns(pull + mx * (k @ price), *((rho,) if c.shape[1] else ()), *((mv,) if d else ()))
     at_y = kt @ t
     slope_y = at_y * (bent.mT @ mx) - bent.mT @ t
     at_y, slope_y = group.y.interpolate(at_y), group.y.interpolate(slope_y)
@@ -250,11 +271,16 @@ def _pull_back_group(
         y_grad = y_grad + (values_grad * slope_y[..., first:]).sum(-1)
     # points, targets and epsilon^(1 / power) in another unit: the same plan
     scaled = ((x - x[:, :1]) * x_grad).sum(-1, keepdim=True) + ((y - x[:, :1]) * y_grad).sum(-1, keepdim=True)
-    epsilon_grad = scaled / (-power * epsilon)
-    return x_grad, a_grad, y_grad, b_grad, c_grad, v_grad.reshape(rows, -1), epsilon_grad
+    epsilon_grad = scaled / (-setting.power * epsilon)
+    return x_grad, a_grad, y_grad, b_grad, c_grad, v_grad, epsilon_grad
 
 
-def _dense(given: _Inputs, power: float) -> tuple[Tensor, Tensor]:
+def _columns(*columns: Tensor) -> Tensor:
+    rows = max(t.shape[0] for t in columns)
+    return torch.cat([t.expand(rows, -1, -1) for t in columns], -1)
+
+
+def _dense(given: _Inputs, setting: Setting) -> tuple[Tensor, Tensor]:
     """The same with the whole plan in plain torch: two Newton steps with a frozen matrix carry two derivatives."""
     x, a, y, b, c, v, epsilon = given
     rows, n, m = *x.shape, y.shape[1]
@@ -264,14 +290,14 @@ def _dense(given: _Inputs, power: float) -> tuple[Tensor, Tensor]:
             f"{m}. They need the whole plan: differentiate fewer or shorter rows twice, or use num_targets=."
         )
     with torch.no_grad():
-        solution = moments.solve_exactly(given.problem(power))
+        solution = moments.solve_exactly(given.problem(setting))
         k = solution.kernel
         matrix = b.unsqueeze(-2) - k.mT @ (a.unsqueeze(-1) * k * b.unsqueeze(-2))
         matrix.diagonal(dim1=-2, dim2=-1).add_(1)
         factor = torch.linalg.lu_factor_ex(matrix)[:2]
         gamma = solution.gamma
     apart = x.unsqueeze(-1) - y.unsqueeze(-2)
-    cost = apart.square() if power == 2 else apart.abs().pow(power)
+    cost = apart.square() if setting.power == 2 else apart.abs().pow(setting.power)
     exponent = cost / -epsilon.unsqueeze(-1)
 
     def log_sums(gamma: Tensor) -> tuple[Tensor, Tensor]:
@@ -298,69 +324,36 @@ def _log_sum(z: Tensor, weight: Tensor, dim: int) -> Tensor:
     return (most + total.log()).squeeze(dim)
 
 
-_forward_op = torch.library.custom_op("couplings::order", _forward, mutates_args=())
+@torch.library.custom_op("couplings::order", mutates_args=())
+def _forward_op(
+    inputs: list[Tensor], power: float, single: bool, even: bool, straight: bool
+) -> tuple[Tensor, Tensor]:
+    return _forward(inputs, Setting(power, single, even, straight), _Memory())
 
 
 @_forward_op.register_fake
-def _(
-    x: Tensor,
-    a: Tensor,
-    y: Tensor,
-    b: Tensor,
-    c: Tensor,
-    v: Tensor,
-    epsilon: Tensor,
-    power: float,
-    single: bool,
-) -> tuple[Tensor, Tensor]:
+def _(inputs: list[Tensor], power: float, single: bool, even: bool, straight: bool) -> tuple[Tensor, Tensor]:
+    x, _, y, _, c, v, _ = inputs
     batch, n, m = x.shape[:-1], x.shape[-1], y.shape[-1]
     return (
-        x.new_empty((*batch, n if c.shape[-1] else 0), dtype=torch.float64),
+        x.new_empty((*batch, n if c.shape[-1] else 0), dtype=torch.float32 if single else torch.float64),
         x.new_empty((*batch, m * (v.shape[-1] // n)), dtype=torch.float64),
     )
 
 
-def _backward(
-    x: Tensor,
-    a: Tensor,
-    y: Tensor,
-    b: Tensor,
-    c: Tensor,
-    v: Tensor,
-    epsilon: Tensor,
-    ranks: Tensor,
-    values: Tensor,
-    ranks_grad: Tensor,
-    values_grad: Tensor,
-    power: float,
-    single: bool,
-    targets: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    given = (x, a, y, b, c, v, epsilon, ranks, values, ranks_grad, values_grad)
-    return _pull_back(*given, power, single, targets, _Memory())  # type: ignore[return-value]
-
-
-_backward_op = torch.library.custom_op("couplings::order_backward", _backward, mutates_args=())
+@torch.library.custom_op("couplings::order_backward", mutates_args=())
+def _backward_op(
+    tensors: list[Tensor], power: float, single: bool, even: bool, straight: bool, masses: bool, targets: bool
+) -> list[Tensor]:
+    found = _pull_back(tensors, Setting(power, single, even, straight), masses, targets, _Memory())
+    return [grad.to(t.dtype, copy=True) for grad, t in zip(found, tensors, strict=False)]
 
 
 @_backward_op.register_fake
 def _(
-    x: Tensor,
-    a: Tensor,
-    y: Tensor,
-    b: Tensor,
-    c: Tensor,
-    v: Tensor,
-    epsilon: Tensor,
-    ranks: Tensor,
-    values: Tensor,
-    ranks_grad: Tensor,
-    values_grad: Tensor,
-    power: float,
-    single: bool,
-    targets: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(t) for t in (x, a, y, b, c, v, epsilon))  # type: ignore[return-value]
+    tensors: list[Tensor], power: float, single: bool, even: bool, straight: bool, masses: bool, targets: bool
+) -> list[Tensor]:
+    return [torch.empty_like(t) for t in tensors[:7]]
 
 
 class _Order(RowFunction):
@@ -373,60 +366,44 @@ class _Order(RowFunction):
         c: Tensor,
         v: Tensor,
         epsilon: Tensor,
-        power: float,
-        single: bool,
+        setting: Setting,
         memory: _Memory,
     ) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return _forward_op(x, a, y, b, c, v, epsilon, power, single)  # type: ignore[no-any-return]
-        return _solve(x, a, y, b, c, v, epsilon, power, single, memory)
+            return _forward_op([x, a, y, b, c, v, epsilon], *setting)  # type: ignore[no-any-return]
+        return _forward((x, a, y, b, c, v, epsilon), setting, memory)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:7], *output)
-        ctx.power, ctx.single, ctx.memory = inputs[7:]
+        ctx.setting, ctx.memory = inputs[7:]
 
     @staticmethod
     def backward(ctx: Any, ranks_grad: Tensor, values_grad: Tensor) -> tuple[Tensor | None, ...]:
-        targets = any(ctx.needs_input_grad[place] for place in (2, 3, 4, 6))
-        given = (*ctx.saved_tensors, ranks_grad, values_grad)
-        grads = apply(_OrderGradient, *given, ctx.power, ctx.single, targets, ctx.memory)
-        wanted = zip(grads, ctx.needs_input_grad, strict=False)
-        return *(grad if need else None for grad, need in wanted), None, None, None
+        wanted = ctx.needs_input_grad
+        masses, targets = wanted[1] or wanted[5], any(wanted[place] for place in (2, 3, 4, 6))
+        tensors = (*ctx.saved_tensors, ranks_grad, values_grad)
+        grads = apply(_OrderGradient, *tensors, ctx.setting, masses, targets, ctx.memory)
+        return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), None, None
 
 
 class _OrderGradient(RowFunction):
     @staticmethod
-    def forward(
-        x: Tensor,
-        a: Tensor,
-        y: Tensor,
-        b: Tensor,
-        c: Tensor,
-        v: Tensor,
-        epsilon: Tensor,
-        ranks: Tensor,
-        values: Tensor,
-        ranks_grad: Tensor,
-        values_grad: Tensor,
-        power: float,
-        single: bool,
-        targets: bool,
-        memory: _Memory,
-    ) -> tuple[Tensor, ...]:
-        given = (x, a, y, b, c, v, epsilon, ranks, values, ranks_grad, values_grad)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        """The eleven tensors of ``_pull_back``, setting, masses, targets, memory."""
+        tensors, (setting, masses, targets, memory) = args[:11], args[11:]
         if torch.compiler.is_compiling():
-            return _backward_op(*given, power, single, targets)  # type: ignore[no-any-return]
-        return _pull_back(*given, power, single, targets, memory)
+            return tuple(_backward_op(list(tensors), *setting, masses, targets))
+        return _pull_back(tensors, setting, masses, targets, memory)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:7], *inputs[9:11])
-        ctx.power = inputs[11]
+        ctx.setting = inputs[11]
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor) -> tuple[Tensor | None, ...]:
-        grads = apply(_SecondDerivative, *ctx.saved_tensors, *second, ctx.power)
+        grads = apply(_SecondDerivative, *ctx.saved_tensors, *second, ctx.setting)
         # ranks and values are functions of the inputs, which the second derivative goes through already
         return *grads[:7], None, None, *grads[7:], *(None,) * 4
 
@@ -436,18 +413,17 @@ class _SecondDerivative(RowFunction):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        *tensors, power = args
-        inputs, cotangents, second = tensors[:7], tensors[7:9], tensors[9:]
-        flat = [t.detach().requires_grad_() for t in _as_rows(*inputs, *cotangents)]
+        """The seven inputs, the two cotangents, those of the seven gradients, setting."""
+        tensors, setting = args[:16], args[16]
+        flat = [t.detach().double().requires_grad_() for t in _as_rows(*tensors[:9])]
+        second = [t.double() for t in _as_rows(*tensors[9:])]
         with torch.enable_grad():
-            outputs = _dense(_Inputs(*flat[:7]), power)
+            outputs = _dense(_Inputs(*flat[:7]), setting)
             first = torch.autograd.grad(
                 outputs, flat[:7], flat[7:], create_graph=True, materialize_grads=True
             )
-            found = torch.autograd.grad(first, flat, _as_rows(*second), materialize_grads=True)
-        return tuple(
-            grad.detach().reshape(t.shape) for grad, t in zip(found, (*inputs, *cotangents), strict=True)
-        )
+            found = torch.autograd.grad(first, flat, second, materialize_grads=True)
+        return tuple(grad.detach().reshape(t.shape) for grad, t in zip(found, tensors, strict=False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
