@@ -109,3 +109,14 @@ def seen(flag: Tensor) -> bool | None:
         return bool(flag.any())
     except RuntimeError:  # vmap forbids looking; there is no public way to ask it beforehand
         return None
+
+
+def extent(values: Tensor) -> tuple[float, float] | None:
+    """Least and largest value, both NaN if one is, where ``seen`` would look; None elsewhere and of nothing."""
+    if torch.compiler.is_compiling() or values.device.type != "cpu" or values.numel() == 0:
+        return None
+    try:
+        least, largest = values.aminmax()
+        return float(least), float(largest)
+    except RuntimeError:
+        return None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from couplings._rowwise import RowFunction, apply, by_rows
+from couplings._rowwise import RowFunction, apply, by_rows, extent
 
 
 def mean_std(x: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -35,52 +35,54 @@ def _total(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
     return torch.where(total > 0, total, torch.ones_like(total))
 
 
-def _moments(
-    x: Tensor, origin: Tensor, total: Tensor, weights: Tensor | None, mask: Tensor | None, unit: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, measured from ``origin`` (exact for a constant row) and in ``unit``s."""
-    centred = x - origin
-    if unit is not None:
-        centred /= unit
+def _moments(x: Tensor, total: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation; rounding of the mean is as large as that of its terms."""
     if mask is not None:
-        centred.masked_fill_(~mask, 0)
-    shift = (centred if weights is None else centred * weights).sum(-1, keepdim=True) / total
-    centred -= shift
+        x = x.masked_fill(~mask, 0)
+    mean = (x if weights is None else x * weights).sum(-1, keepdim=True) / total
+    square = x - mean
     if mask is not None:
-        centred.masked_fill_(~mask, 0)
-    square = centred.mul_(centred) if weights is None else centred.mul_(centred).mul_(weights)
+        square.masked_fill_(~mask, 0)
+    square.mul_(square)
+    if weights is not None:
+        square.mul_(weights)
     # sum, not vector_norm: that one adds up in plain float32 and loses everything beside an outlier
-    std = (square.sum(-1, keepdim=True) / total).sqrt()
-    if unit is not None:
-        return origin + shift * unit, std * unit
-    return origin + shift, std
+    return mean, (square.sum(-1, keepdim=True) / total).sqrt_()
 
 
 def _measure(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    total = _total(x, weights, mask)
+    mean, std = _moments(x, total, weights, mask)
+    info = torch.finfo(x.dtype)
+    least, most = info.tiny**0.4, info.max**0.4
+    bounds, largest = extent(std), extent(mean.abs())
+    if bounds and largest and least < bounds[0] and bounds[1] < most and largest[1] < _FAR * bounds[0]:
+        return mean, std
+    # Constant rows, rows far from 0, and rows whose squares leave the dtype's range: measure from one of the entries,
+    # which is exact for a constant row, in units of the largest deviation.
     if weights is not None:  # an entry without weight may lie anywhere
         origin = x.gather(-1, (weights if mask is None else weights * mask).argmax(-1, keepdim=True))
     elif mask is None:
         origin = x[..., :1]
     else:
         origin = x.gather(-1, mask.to(torch.uint8).argmax(-1, keepdim=True))
-    total = _total(x, weights, mask)
-    mean, std = _moments(x, origin, total, weights, mask, None)
-    info = torch.finfo(x.dtype)
-    plain = (std > info.tiny**0.4) & (std < info.max**0.4)
-    if not torch.compiler.is_compiling() and x.device.type == "cpu" and bool(plain.all()):
-        return mean, std
-    # Constant rows, and rows whose squares leave the dtype's range: measure in units of the largest deviation.
-    deviation = (x - origin).abs_()
+    deviation = x - origin
     if mask is not None:
         deviation.masked_fill_(~mask, 0)
+    size = deviation.abs()
     if weights is not None:
-        deviation.masked_fill_(weights == 0, 0)
-    unit = deviation.amax(-1, keepdim=True)
+        size.masked_fill_(weights == 0, 0)
+    unit = size.amax(-1, keepdim=True)
     constant = unit == 0
     unit = torch.where(constant, torch.ones_like(unit), unit)
-    scaled_mean, scaled_std = _moments(x, origin, total, weights, mask, unit)
-    scaled_std = torch.where(constant, torch.ones_like(std), scaled_std)
-    return torch.where(plain, mean, scaled_mean), torch.where(plain, std, scaled_std)
+    shift, scaled = _moments(deviation.div_(unit), total, weights, mask)
+    scaled = torch.where(constant, torch.ones_like(std), scaled * unit)
+    plain = (std > least) & (std < most) & (mean.abs() < _FAR * std)
+    return torch.where(plain, mean, origin + shift * unit), torch.where(plain, std, scaled)
+
+
+_FAR = 32
+"""A mean of more standard deviations than this costs digits."""
 
 
 def _pull_back(

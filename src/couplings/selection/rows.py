@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from couplings import _checks
-from couplings._rowwise import seen
+from couplings._rowwise import extent, seen
 from couplings._scale import mean_std
 
 Real = float | Tensor
@@ -67,9 +67,10 @@ def prepare(
         mask is None
     ):  # the common case, where a look at one number per row shows that nothing special is there
         rows = _measure(x, None, weights, standardize)
-        std = rows.std.detach() if standardize else x.detach().abs().amax(-1)
-        usual = (std > _EXTREME) & (std < 1 / _EXTREME) if standardize else std < math.inf
-        if seen(~usual) is False:
+        size = extent(rows.std.detach() if standardize else x.detach().abs().amax(-1))
+        least = _EXTREME if standardize else -1
+        most = 1 / _EXTREME if standardize else math.inf
+        if size and size[0] > least and size[1] < most:
             return rows
         mask = x != -math.inf
     else:
