@@ -12,6 +12,7 @@ from couplings.ordering import (
     soft_rank,
     soft_sort,
     soft_sort_by,
+    wasserstein_1d,
 )
 from couplings.selection import soft_topk, soft_topk_mask
 from couplings.transport import Coupling, Status, solve
@@ -35,4 +36,5 @@ __all__ = [
     "soft_topk_mask",
     "solve",
     "testing",
+    "wasserstein_1d",
 ]

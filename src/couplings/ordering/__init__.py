@@ -10,6 +10,7 @@ from couplings.ordering.api import (
     soft_sort,
     soft_sort_by,
 )
+from couplings.ordering.wasserstein import wasserstein_1d
 
 __all__ = [
     "quantile_normalize",
@@ -20,4 +21,5 @@ __all__ = [
     "soft_rank",
     "soft_sort",
     "soft_sort_by",
+    "wasserstein_1d",
 ]

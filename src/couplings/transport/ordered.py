@@ -60,16 +60,7 @@ def order(
         v = x.new_empty((*x.shape, 0))
     flat = v.reshape(*v.shape[:-2], -1)  # every argument a row: one batch, one last dimension
     ranks, values = apply(
-        _Order,
-        x,
-        a,
-        y,
-        b,
-        c,
-        flat,
-        epsilon,
-        Setting(power, dtype == torch.float32, even, straight),
-        _Memory(),
+        _Order, x, a, y, b, c, flat, epsilon, power, dtype == torch.float32, even, straight, _Memory()
     )
     return ranks, values.reshape(*values.shape[:-1], y.shape[-1], v.shape[-1])
 
@@ -366,46 +357,68 @@ class _Order(RowFunction):
         c: Tensor,
         v: Tensor,
         epsilon: Tensor,
-        setting: Setting,
+        power: float,
+        single: bool,
+        even: bool,
+        straight: bool,
         memory: _Memory,
     ) -> tuple[Tensor, Tensor]:
+        inputs = [x, a, y, b, c, v, epsilon]
         if torch.compiler.is_compiling():
-            return _forward_op([x, a, y, b, c, v, epsilon], *setting)  # type: ignore[no-any-return]
-        return _forward((x, a, y, b, c, v, epsilon), setting, memory)
+            return _forward_op(inputs, power, single, even, straight)  # type: ignore[no-any-return]
+        return _forward(inputs, Setting(power, single, even, straight), memory)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(*inputs[:7], *output)
-        ctx.setting, ctx.memory = inputs[7:]
+        ctx.setting, ctx.memory = inputs[7:11], inputs[11]
 
     @staticmethod
     def backward(ctx: Any, ranks_grad: Tensor, values_grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
         masses, targets = wanted[1] or wanted[5], any(wanted[place] for place in (2, 3, 4, 6))
         tensors = (*ctx.saved_tensors, ranks_grad, values_grad)
-        grads = apply(_OrderGradient, *tensors, ctx.setting, masses, targets, ctx.memory)
-        return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), None, None
+        grads = apply(_OrderGradient, *tensors, *ctx.setting, masses, targets, ctx.memory)
+        return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), *(None,) * 5
 
 
 class _OrderGradient(RowFunction):
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        """The eleven tensors of ``_pull_back``, setting, masses, targets, memory."""
-        tensors, (setting, masses, targets, memory) = args[:11], args[11:]
+    def forward(
+        x: Tensor,
+        a: Tensor,
+        y: Tensor,
+        b: Tensor,
+        c: Tensor,
+        v: Tensor,
+        epsilon: Tensor,
+        ranks: Tensor,
+        values: Tensor,
+        ranks_grad: Tensor,
+        values_grad: Tensor,
+        power: float,
+        single: bool,
+        even: bool,
+        straight: bool,
+        masses: bool,
+        targets: bool,
+        memory: _Memory,
+    ) -> tuple[Tensor, ...]:
+        tensors = [x, a, y, b, c, v, epsilon, ranks, values, ranks_grad, values_grad]
         if torch.compiler.is_compiling():
-            return tuple(_backward_op(list(tensors), *setting, masses, targets))
-        return _pull_back(tensors, setting, masses, targets, memory)
+            return tuple(_backward_op(tensors, power, single, even, straight, masses, targets))
+        return _pull_back(tensors, Setting(power, single, even, straight), masses, targets, memory)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:7], *inputs[9:11])
-        ctx.setting = inputs[11]
+        ctx.power = inputs[11]
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor) -> tuple[Tensor | None, ...]:
-        grads = apply(_SecondDerivative, *ctx.saved_tensors, *second, ctx.setting)
+        grads = apply(_SecondDerivative, *ctx.saved_tensors, *second, ctx.power)
         # ranks and values are functions of the inputs, which the second derivative goes through already
-        return *grads[:7], None, None, *grads[7:], *(None,) * 4
+        return *grads[:7], None, None, *grads[7:], *(None,) * 7
 
 
 class _SecondDerivative(RowFunction):
@@ -413,12 +426,12 @@ class _SecondDerivative(RowFunction):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        """The seven inputs, the two cotangents, those of the seven gradients, setting."""
-        tensors, setting = args[:16], args[16]
+        """The seven inputs, the two cotangents, those of the seven gradients, power."""
+        tensors, power = args[:16], args[16]
         flat = [t.detach().double().requires_grad_() for t in _as_rows(*tensors[:9])]
         second = [t.double() for t in _as_rows(*tensors[9:])]
         with torch.enable_grad():
-            outputs = _dense(_Inputs(*flat[:7]), setting)
+            outputs = _dense(_Inputs(*flat[:7]), Setting(power, False, False, False))
             first = torch.autograd.grad(
                 outputs, flat[:7], flat[7:], create_graph=True, materialize_grads=True
             )
