@@ -4,6 +4,8 @@ from importlib.metadata import version as _version
 
 from couplings import losses, nn, testing
 from couplings.ordering import (
+    OrderCertificate,
+    order_certificate,
     quantile_normalize,
     soft_median,
     soft_permutation,
@@ -21,9 +23,11 @@ __version__ = _version("couplings")
 
 __all__ = [
     "Coupling",
+    "OrderCertificate",
     "Status",
     "losses",
     "nn",
+    "order_certificate",
     "quantile_normalize",
     "soft_median",
     "soft_permutation",

@@ -1,6 +1,8 @@
 """Soft sorts, ranks, quantiles and permutations."""
 
 from couplings.ordering.api import (
+    OrderCertificate,
+    order_certificate,
     quantile_normalize,
     soft_median,
     soft_permutation,
@@ -13,6 +15,8 @@ from couplings.ordering.api import (
 from couplings.ordering.wasserstein import wasserstein_1d
 
 __all__ = [
+    "OrderCertificate",
+    "order_certificate",
     "quantile_normalize",
     "soft_median",
     "soft_permutation",

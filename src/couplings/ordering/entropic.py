@@ -11,7 +11,7 @@ from torch import Tensor
 from couplings import _checks
 from couplings._scale import mean_std
 from couplings.ordering.rows import Real, Rows
-from couplings.transport.ordered import order
+from couplings.transport.ordered import OrderCertificate, certify, order
 
 DEFAULT_EPSILON = 1e-2
 
@@ -117,6 +117,17 @@ def solve(
         targets.even,
         straight and targets.even,
     )
+
+
+def certificate(
+    rows: Rows, epsilon: Real, targets: Targets, squash: str | None, power: float, samples: int
+) -> OrderCertificate:
+    """Of the plan that ``solve`` works with."""
+    if not isinstance(epsilon, Tensor):
+        epsilon = torch.tensor(epsilon, dtype=torch.float64, device=rows.x.device)
+    epsilon = epsilon.double().expand(*rows.x.shape[:-1], 1)
+    x, a = squashed(rows, squash), masses(rows)
+    return certify(x, a, targets.y, targets.b, epsilon, power, rows.x.dtype, targets.even, samples)
 
 
 # epsilon = 0: the unregularised plan, a staircase over the cumulative masses

@@ -315,6 +315,74 @@ def _log_sum(z: Tensor, weight: Tensor, dim: int) -> Tensor:
     return (most + total.log()).squeeze(dim)
 
 
+class OrderCertificate(NamedTuple):
+    """What is known of an ordering's plan, one number a row.
+
+    Attributes:
+        residual: (*batch,) estimated L1 error of both marginals: exact marginals at a sample of entries and targets,
+            under the potentials interpolated to all entries and targets.
+        balance: (*batch,) weighted mean error of the targets' log marginals between nodes, where Newton stopped.
+        unresolved: (*batch,) the most that a box of nodes leaves of a density, times its mass.
+        steps: (*batch,) Newton steps.
+        nodes: (*batch,) nodes of the entries plus nodes of the targets.
+    """
+
+    residual: Tensor
+    balance: Tensor
+    unresolved: Tensor
+    steps: Tensor
+    nodes: Tensor
+
+
+def certify(
+    x: Tensor,
+    a: Tensor,
+    y: Tensor,
+    b: Tensor,
+    epsilon: Tensor,
+    power: float,
+    dtype: torch.dtype,
+    even: bool,
+    samples: int,
+) -> OrderCertificate:
+    """The certificate of the plan that ``order`` works with, at the same arguments."""
+    batch = x.shape[:-1]
+    x, a, y, b, epsilon = _as_rows(*(t.detach() for t in (x, a, y, b, epsilon)))
+    problem = Problem(x, a, y, b, epsilon, power, even)
+    rows, out = len(x), [x.new_full((len(x),), torch.nan) for _ in range(5)]
+    for group in moments.solve(problem, dtype) if rows else []:
+        part = problem if len(group.rows) == rows else problem.rows(group.rows)
+        nodes = torch.full_like(group.error, group.x.nodes.shape[-1] + group.y.nodes.shape[-1])
+        found = (_residual(group, part, samples), group.error, group.unresolved, group.steps, nodes)
+        for whole, value in zip(out, found, strict=True):
+            whole[group.rows] = value.to(whole.dtype)
+    return OrderCertificate(*(t.reshape(batch) for t in out))
+
+
+def _residual(group: Solved, problem: Problem, samples: int) -> Tensor:
+    """Mean error of the marginals of a sample, both sides together, (rows,)."""
+    x, a, y, b, epsilon, power, _ = problem
+    at_x = group.x.interpolate(group.log_norm.unsqueeze(-1)).squeeze(-1).double()
+    at_y = group.y.interpolate(group.gamma.unsqueeze(-1)).squeeze(-1).double()
+
+    def error(
+        mine: Tensor, shift: Tensor, mass: Tensor, other: Tensor, held: Tensor, weight: Tensor
+    ) -> Tensor:
+        # sampled evenly in mass: each stands for as much of it
+        level = (torch.arange(samples, dtype=torch.float64, device=x.device) + 0.5) / samples
+        upto = mass.cumsum(-1).contiguous()
+        pick = torch.searchsorted(upto, (level * upto[:, -1:]).contiguous()).clamp(max=mine.shape[-1] - 1)
+        total = torch.zeros_like(mine[:, 0])
+        for one in range(samples):  # one at a time: memory stays linear
+            here = pick[:, one : one + 1]
+            apart = mine.gather(-1, here) - other
+            logits = apart.abs().pow(power) / -epsilon + shift.gather(-1, here) + weight
+            total += ((logits.exp() * held).sum(-1) - 1).abs()
+        return total / samples
+
+    return error(x, -at_x, a, y, b, at_y) + error(y, at_y, b, x, a, -at_x)
+
+
 @torch.library.custom_op("couplings::order", mutates_args=())
 def _forward_op(
     inputs: list[Tensor], power: float, single: bool, even: bool, straight: bool
