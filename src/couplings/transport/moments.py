@@ -4,7 +4,7 @@ With gamma = g / epsilon at the targets' nodes Y and D_qr = -|X_q - Y_r|^p / eps
 
     L_q = log sum_r my_r exp(D_qr + gamma_r),   M_r = log sum_q mx_q exp(D_qr - L_q),   gamma + M = 0
 
-(README.md, "Ordering through moments"). The moments mx and my may be negative at single nodes. All in float64.
+(ordering.md). The moments mx and my may be negative at single nodes. All in float64.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class Solved:
 def start(x: Tensor, a: Tensor, y: Tensor, b: Tensor, at: Tensor, power: float) -> Tensor:
     """The potential of the targets at epsilon = 0, at any places ``at``, (rows, q); the others are as in ``Problem``.
 
-    README.md, "One-dimensional start". Points may come in any order.
+    ordering.md, "One-dimensional start". Points may come in any order.
     """
     x, order = x.sort(dim=-1)
     upto = a.gather(-1, order).cumsum(-1)

@@ -3,7 +3,7 @@
     spread       m_q = sum_i w_i l_q(t_i)          moments of the points
     interpolate  f(t_i) = sum_q f_q l_q(t_i)       values at the points
 
-l_q is the cardinal polynomial of node q on its box (README.md, "Ordering through moments"). Everything is float64.
+l_q is the cardinal polynomial of node q on its box (ordering.md). Everything is float64.
 """
 
 from __future__ import annotations

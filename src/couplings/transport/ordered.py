@@ -4,7 +4,7 @@
     sorted values   S_j = E[v_I | target j]        values of the points, averaged by the plan's column j
 
 Between nodes (moments.py) the plan is a density K; every function of a point that its gradient needs has the form
-(K t)(X) = sum_r K(X, Y_r) t_r, and its derivative is exact (README.md, "Gradient of ranks and sorted values").
+(K t)(X) = sum_r K(X, Y_r) t_r, and its derivative is exact (ordering.md).
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def _pull_back(
 def _pull_back_group(
     group: Solved, given: _Inputs, outer: list[Tensor], setting: Setting, masses: bool, targets: bool
 ) -> tuple[Tensor | None, ...]:
-    """README.md, "Gradient of ranks and sorted values"; its letters."""
+    """ordering.md, "Gradient of ranks and sorted values"; its letters."""
     x, a, y, b, c, v, epsilon = given
     _, values, ranks_grad, values_grad = outer
     rows, n, m = *x.shape, y.shape[1]
