@@ -58,7 +58,9 @@ def order(
         c = y.new_empty((*y.shape[:-1], 0))
     if v is None:
         v = x.new_empty((*x.shape, 0))
-    flat = v.reshape(*v.shape[:-2], -1)  # every argument a row: one batch, one last dimension
+    flat = v.reshape(
+        *v.shape[:-2], v.shape[-2] * v.shape[-1]
+    )  # every argument a row: one batch, one last dimension
     ranks, values = apply(
         _Order, x, a, y, b, c, flat, epsilon, power, dtype == torch.float32, even, straight, _Memory()
     )
@@ -146,7 +148,7 @@ def _forward(inputs: Sequence[Tensor], setting: Setting, memory: _Memory) -> tup
         if d:
             moment = group.x.spread(some.a.unsqueeze(-1) * some.v.reshape(-1, n, d))
             values[group.rows] = group.y.interpolate(group.kernel.mT @ moment).double()
-    return ranks.reshape(*batch, -1), values.reshape(*batch, m * d)
+    return ranks.reshape(*batch, ranks.shape[-1]), values.reshape(*batch, m * d)
 
 
 def _target_moments(group: Solved, given: _Inputs, setting: Setting) -> Tensor:
@@ -221,10 +223,7 @@ def _pull_back_group(
         mv = group.x.spread(a.unsqueeze(-1) * v)
         pull = pull + mx * (k @ both) - (mv * (k @ sigma)).sum(-1, keepdim=True)
     e = e + my * (kt @ pull)
-    share = my.abs() / my.abs().sum(-2, keepdim=True)
-    matrix = share - my * (kt @ (mx * k))  # (I - V W)' made regular by what it does to constants
-    matrix.diagonal(dim1=-2, dim2=-1).add_(1)
-    price = torch.linalg.solve_ex(matrix, e)[0]
+    price = my * _laplacian_solve(my * (kt @ (mx * k)) * my.mT, e)
 
     # functions of a point X, (K t)(X), and their exact derivatives
     t = _columns(price + both if d else price, *((mc,) if c.shape[1] else ()), *((sigma,) if d else ()))
@@ -244,7 +243,7 @@ def _pull_back_group(
         a_grad = -at_x[..., 0]
         if d:
             a_grad = a_grad + (v * at_x[..., first:]).sum(-1)
-            v_grad = (a.unsqueeze(-1) * at_x[..., first:]).reshape(rows, -1)
+            v_grad = (a.unsqueeze(-1) * at_x[..., first:]).reshape(rows, n * d)
     if not targets:
         return x_grad, a_grad, None, None, None, v_grad, None
 
@@ -264,6 +263,29 @@ def _pull_back_group(
     scaled = ((x - x[:, :1]) * x_grad).sum(-1, keepdim=True) + ((y - x[:, :1]) * y_grad).sum(-1, keepdim=True)
     epsilon_grad = scaled / (-setting.power * epsilon)
     return x_grad, a_grad, y_grad, b_grad, c_grad, v_grad, epsilon_grad
+
+
+def _laplacian_solve(weight: Tensor, e: Tensor) -> Tensor:
+    """w with (diag(weight 1) - weight) w = e for e of sum 0, (rows, q, q) and (rows, q, 1), up to a constant.
+
+    The diagonal is summed from the others, which cancels nothing where the plan is nearly hard, and scaled to 1. The
+    constant is made regular by a rank-one term, and blocks that float64 cannot tell from decoupled ones by a ridge.
+    """
+    weight.diagonal(dim1=-2, dim2=-1).zero_()
+    degree = weight.sum(-1, keepdim=True)
+    size = degree.abs()
+    alone = size == 0
+    unit = torch.where(alone, 1.0, size).rsqrt()
+    constant = size.sqrt()
+    constant = constant / torch.linalg.vector_norm(constant, dim=-2, keepdim=True).clamp_min(1e-300)
+    matrix = torch.baddbmm(weight.mul_(-unit).mul_(unit.mT), constant, constant.mT)
+    matrix.diagonal(dim1=-2, dim2=-1).add_((torch.where(alone, 1.0, degree.sign()) + RIDGE).squeeze(-1))
+    found: Tensor = torch.linalg.solve_ex(matrix, unit * e)[0]
+    return unit * found
+
+
+RIDGE = 1e-14
+"""Relative to the diagonal: what a coupling between blocks of targets must exceed to be one."""
 
 
 def _columns(*columns: Tensor) -> Tensor:
@@ -305,8 +327,8 @@ def _dense(given: _Inputs, setting: Setting) -> tuple[Tensor, Tensor]:
         density = (exponent + (gamma.unsqueeze(-2) - over_y.unsqueeze(-1))).exp()
         ranks = (density @ (b * c).unsqueeze(-1)).squeeze(-1)
     density = (exponent - over_y.unsqueeze(-1) - over_x.unsqueeze(-2)).exp()
-    values = density.mT @ (a.unsqueeze(-1) * v.reshape(rows, n, -1))
-    return ranks, values.reshape(rows, -1)
+    values = density.mT @ (a.unsqueeze(-1) * v.reshape(rows, n, v.shape[1] // n))
+    return ranks, values.reshape(rows, values.shape[1] * values.shape[2])
 
 
 def _log_sum(z: Tensor, weight: Tensor, dim: int) -> Tensor:
@@ -500,8 +522,13 @@ class _SecondDerivative(RowFunction):
         second = [t.double() for t in _as_rows(*tensors[9:])]
         with torch.enable_grad():
             outputs = _dense(_Inputs(*flat[:7]), Setting(power, False, False, False))
+            asked = [place for place, out in enumerate(outputs) if out.requires_grad]
             first = torch.autograd.grad(
-                outputs, flat[:7], flat[7:], create_graph=True, materialize_grads=True
+                [outputs[place] for place in asked],
+                flat[:7],
+                [flat[7 + place] for place in asked],
+                create_graph=True,
+                materialize_grads=True,
             )
             found = torch.autograd.grad(first, flat, second, materialize_grads=True)
         return tuple(grad.detach().reshape(t.shape) for grad, t in zip(found, tensors, strict=False))
