@@ -346,20 +346,27 @@ def _fixed_sweeps(
     problem: _Problem, iterations: int, bar: float, work: torch.dtype, dtype: torch.dtype
 ) -> Coupling:
     """Exactly ``iterations`` Sinkhorn sweeps, rows first, with the gradient of the unrolled sweeps."""
-    cost, p, q, epsilon = problem.cost.mT.contiguous(), problem.q, problem.p, problem.epsilon
-    idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
-    x = torch.where(cost == torch.inf, torch.inf, torch.where(idle, 0.0, cost) / epsilon[..., None, None])
+    # one layout, so that the masks of a neighbour cannot change the order of summation
+    cost, p, q, epsilon = problem.cost.contiguous().mT, problem.q, problem.p, problem.epsilon
+    if problem.plain:
+        idle, x = None, cost / epsilon[..., None, None]
+    else:
+        idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
+        x = torch.where(cost == torch.inf, torch.inf, cost.masked_fill(idle, 0.0) / epsilon[..., None, None])
     hs, es = apply(Sweeps, x, p, q, iterations, work == torch.float32)
     h, e = hs[..., -1, :], es[..., -1, :]
     poison = problem.poison
 
     def raw_log_plan() -> Tensor:
-        logits = h[..., :, None] + e[..., None, :] - torch.where(idle, 0.0, x)
-        return torch.where(idle, -torch.inf, logits)
+        logits: Tensor = h[..., :, None] + e[..., None, :]
+        if idle is not None:
+            return (logits - x.masked_fill(idle, 0.0)).masked_fill(idle, -torch.inf)
+        return logits - x if torch.is_grad_enabled() else logits.sub_(x)
 
     def plan() -> Tensor:
-        out = raw_log_plan().exp() * problem.mass[..., None, None]
-        return (out + poison[..., None, None]).mT.to(work)
+        logits, mass = raw_log_plan(), (problem.mass + poison)[..., None, None]
+        out = logits.exp() * mass if torch.is_grad_enabled() else logits.exp_().mul_(mass)
+        return out.mT.to(work)
 
     def log_plan() -> Tensor:
         out = raw_log_plan() + masked_log(problem.mass)[..., None, None] + poison[..., None, None]
@@ -367,8 +374,9 @@ def _fixed_sweeps(
 
     def value() -> Tensor:
         log_density = raw_log_plan() - masked_log(p)[..., :, None] - masked_log(q)[..., None, :]
-        log_density = torch.where(idle, 0.0, log_density)
-        finite = torch.where(idle, 0.0, cost)
+        finite = cost
+        if idle is not None:
+            log_density, finite = log_density.masked_fill(idle, 0.0), cost.masked_fill(idle, 0.0)
         out = raw_log_plan().exp() * (finite + epsilon[..., None, None] * log_density)
         return absolute(problem, out.sum((-1, -2))) + poison
 

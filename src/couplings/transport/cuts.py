@@ -124,13 +124,29 @@ def sorted_plan(
 
 def tails(pi: Tensor) -> tuple[Tensor, Tensor]:
     """P(J < j | i) and P(J >= j | i) for j = 1..k, each a sum of positive terms."""
-    return pi.cumsum(-2)[..., :-1, :], pi.flip(-2).cumsum(-2).flip(-2)[..., 1:, :]
+    k = pi.shape[-2] - 1
+    below = pi.new_ones(k, k + 1).tril()  # a product with zeros and ones is faster than a cumsum over rows
+    return _each(below, pi) @ pi, _each(1 - below, pi) @ pi
+
+
+def _each(matrix: Tensor, like: Tensor) -> Tensor:
+    """One matrix for every row: the same product for a row whatever the batch."""
+    return matrix.expand(*like.shape[:-2], *matrix.shape)
 
 
 def _crossing(lo: Tensor, up: Tensor) -> Tensor:
     """sum_i lo_min(j,l)(i) up_max(j,l)(i), (.., k, k), for arrays (.., k, n)."""
     product = lo @ up.mT
     return product.triu() + product.triu(1).mT
+
+
+def column_blocks(n: int, height: int, whole: bool = False) -> list[tuple[int, int]]:
+    """Columns of an array (.., n) with ``height`` rows in all, in pieces (start, length) that stay in cache.
+
+    They follow from the shape alone. Fresh memory costs more than arithmetic: 4 KiB of it take about a microsecond.
+    """
+    width = max(1, n) if whole else max(4096, BLOCK // max(1, height))
+    return [(start, min(width, n - start)) for start in range(0, n, width)]
 
 
 def _solve(
@@ -185,12 +201,14 @@ def _solve(
         if valid is not None:
             distance.masked_fill_(~valid, -math.inf)
         plan = x.new_empty((rows, k + 1, n))
-        power = plan[:, :k]  # the one array of this size: fresh memory costs more than arithmetic
-        torch.mul(distance.unsqueeze(1), reach.unsqueeze(-1), out=power).clamp_(low, 0).exp2_()
-        torch.threshold_(power, 2**low * 1.01, 0.0)
+        power = plan[:, :k]  # the one array of this size
+        blocks = column_blocks(n, rows * k)
+        for columns in blocks:
+            block, span = power.narrow(-1, *columns), distance.narrow(-1, *columns).unsqueeze(1)
+            torch.mul(span, reach.unsqueeze(-1), out=block).clamp_(low, 0).exp2_()
+            torch.threshold_(block, 2**low * 1.01, 0.0)
         d_edge = (slopes * (edge.double() - centre.double())).masked_fill(~active, 0)
         at_top = distance  # its memory, from here on
-        width = max(4096, BLOCK // max(1, rows * k))
 
     ones = torch.ones(k, k, dtype=torch.float64, device=x.device)
     identity = torch.eye(k, dtype=torch.float64, device=x.device)
@@ -218,11 +236,11 @@ def _solve(
             unit = largest.clamp(-600, 300).exp()
             mixing, unit_top = mixing.to(x.dtype), unit[:, -1:].clamp(max=info.max**0.5).to(x.dtype)
             rest_mass, overlap = torch.zeros_like(theta), torch.zeros_like(identity).expand(rows, k, k)
-            for start in range(0, n, width):
-                columns = slice(start, start + width)
-                share_below = torch.bmm(mixing, power[..., columns])
+            for columns in blocks:
+                share_below = torch.bmm(mixing, power.narrow(-1, *columns))
                 # P(J = k | i) = 1 / (1 + unit_k share_below_k)
-                top = torch.mul(share_below[:, -1], unit_top, out=at_top[:, columns]).add_(1).reciprocal_()
+                top = at_top.narrow(-1, *columns)
+                torch.mul(share_below[:, -1], unit_top, out=top).add_(1).reciprocal_()
                 share_below.mul_(top.unsqueeze(1))
                 rest_mass = rest_mass + share_below.sum(-1)
                 overlap = overlap + torch.bmm(share_below, share_below.mT)
@@ -256,7 +274,8 @@ def _solve(
 
     if rest:
         odds = log_odds.clamp(max=math.log(info.max) / 2).exp().to(x.dtype)
-        power.mul_(odds.unsqueeze(-1)).mul_(at_top.unsqueeze(1))
+        for columns in blocks:
+            power.narrow(-1, *columns).mul_(odds.unsqueeze(-1)).mul_(at_top.unsqueeze(1).narrow(-1, *columns))
         plan[:, k] = at_top
     else:
         plan = x.new_empty((rows, k + 1, n))
@@ -313,43 +332,58 @@ class _SortedPlan(RowFunction):
     def backward(ctx: Any, plan_grad: Tensor, theta_grad: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiable in the plan itself, hence to any order (README.md, "Gradient of sorted targets")."""
         x, scale, gaps, weights, centre, pi = ctx.saved_tensors
-        dtype = x.dtype
-        if pi.shape[-2] > MANY:
-            x, scale, gaps, centre, pi, plan_grad = (
-                tensor.double() for tensor in (x, scale, gaps, centre, pi, plan_grad)
-            )
-        lo, up = tails(pi)
-        direct = _covariance(pi, lo, up, plan_grad)
-        weighted = up if weights is None else up * weights.unsqueeze(-2)
+        dtype, work = x.dtype, torch.float64 if pi.shape[-2] > MANY else x.dtype
+        scale, gaps, centre = scale.to(work), gaps.to(work), centre.to(work)
+        recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        blocks = column_blocks(x.shape[-1], pi.shape[:-1].numel(), whole=recorded or x.device.type != "cpu")
+
+        def terms(columns: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            part = pi.narrow(-1, *columns).to(work)
+            lo, up = tails(part)
+            weighted = up if weights is None else up * weights.unsqueeze(-2).narrow(-1, *columns)
+            return lo, up, weighted, _covariance(part, lo, up, plan_grad.narrow(-1, *columns).to(work))
+
         # H lambda = e, scaled to a unit diagonal by constants; a cut that no mass crosses decouples
-        pull = direct.sum(-1, dtype=torch.float64) + theta_grad
-        curvature = _crossing(lo.double(), weighted.double())
+        pull, curvature = theta_grad.double(), torch.zeros_like(gaps, dtype=torch.float64).diag_embed()
+        for columns in blocks:
+            lo, up, weighted, direct = terms(columns)
+            pull = pull + direct.sum(-1, dtype=torch.float64)
+            curvature = curvature + _crossing(lo.double(), weighted.double())
         diagonal = curvature.detach().diagonal(dim1=-2, dim2=-1)
-        crossed = diagonal > torch.finfo(x.dtype).tiny ** 0.75
+        crossed = diagonal > torch.finfo(work).tiny ** 0.75
         norm = torch.where(crossed, torch.where(crossed, diagonal, 1.0).rsqrt(), 0.0)
         scaled = curvature * norm.unsqueeze(-1) * norm.unsqueeze(-2) + torch.diag_embed((~crossed).double())
         price = norm * torch.linalg.solve_ex(scaled, (norm * pull).unsqueeze(-1))[0].squeeze(-1)
-        shift = _crossing_apply(lo, up, price.to(x.dtype).unsqueeze(-1))
-        log_odds_grad = direct - (shift if weights is None else shift * weights.unsqueeze(-2))
-        shared = (log_odds_grad * gaps.unsqueeze(-1)).sum(-2)
-        scale_grad = gaps_grad = upto_grad = weights_grad = None
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            # each cut measured from its own centre: from another it cancels where scores tie
-            moment = (log_odds_grad * (x.unsqueeze(-2) - centre.unsqueeze(-1))).sum(-1)
-            scale_grad, gaps_grad = (moment * gaps).sum(-1, keepdim=True), moment * scale
-        if ctx.needs_input_grad[3]:
-            upto_grad = -price.to(x.dtype)
-        if ctx.needs_input_grad[4]:
-            weights_grad = -(price.to(x.dtype).unsqueeze(-1) * up).sum(-2)
-        grads = shared * scale, scale_grad, gaps_grad, upto_grad, weights_grad
+        price = price.to(work)
+
+        shared, weights_parts, moment = [], [], torch.zeros_like(pull)
+        for columns in blocks:
+            if len(blocks) > 1:
+                lo, up, weighted, direct = terms(columns)
+            log_odds_grad = direct - _crossing_apply(lo, weighted, price.unsqueeze(-1))
+            shared.append((gaps.unsqueeze(-2) @ log_odds_grad).squeeze(-2))
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                # each cut measured from its own centre: from another it cancels where scores tie
+                distance = x.unsqueeze(-2).narrow(-1, *columns).to(work) - centre.unsqueeze(-1)
+                moment = moment + (log_odds_grad * distance).sum(-1, dtype=torch.float64)
+            if ctx.needs_input_grad[4]:
+                weights_parts.append(-(price.unsqueeze(-2) @ up).squeeze(-2))
+        moment = moment.to(work)
+        grads = (
+            torch.cat(shared, -1) * scale,
+            (moment * gaps).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None,
+            moment * scale if ctx.needs_input_grad[2] else None,
+            -price if ctx.needs_input_grad[3] else None,
+            torch.cat(weights_parts, -1) if ctx.needs_input_grad[4] else None,
+        )
         return *(None if grad is None else grad.to(dtype) for grad in grads), *(None,) * 6
 
 
 def _crossing_apply(lo: Tensor, up: Tensor, price: Tensor) -> Tensor:
     """sum_m lo_min(l,m)(i) up_max(l,m)(i) price_m, (.., k, n), each term as small as the mass that crosses its cut."""
-    from_below, from_above = price * lo, price * up
-    after = torch.nn.functional.pad(from_above[..., 1:, :].flip(-2).cumsum(-2).flip(-2), (0, 0, 0, 1))
-    return up * from_below.cumsum(-2) + lo * after
+    k = lo.shape[-2]
+    below = lo.new_ones(k, k).tril()
+    return up * (_each(below, lo) @ (price * lo)) + lo * (_each(1 - below, lo) @ (price * up))
 
 
 def _covariance(pi: Tensor, lo: Tensor, up: Tensor, values: Tensor) -> Tensor:

@@ -154,45 +154,55 @@ class _System:
             self.exponent = apart.abs().pow(power) / -rate
             self.slope = apart.sign() * apart.abs().pow(power - 1) * (-power / rate)
         self.mx, self.my = mx, my
-        self.dead_x = torch.where(x.live, 0.0, math.inf)
-        self.dead_y = torch.where(y.live, 0.0, -math.inf)
-        self.live_y = y.live
+        # added to logits: nodes that stand for nothing take no part
+        self.dead_x, self.dead_y = (
+            None if bool(side.live.all()) else torch.where(side.live, 0.0, -math.inf) for side in (x, y)
+        )
         size = self.my.abs()
         self.share = size / size.sum(-1, keepdim=True)
 
-    def evaluate(self, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """L, M + gamma, and the row-normalised kernels W (qx, qy) and V (qy, qx)."""
-        z = self.exponent + (gamma + self.dead_y).unsqueeze(-2)
-        log_norm, w = _weighted_softmax(z, self.my.unsqueeze(-2), -1)
-        z = self.exponent - (log_norm + self.dead_x).unsqueeze(-1)
-        log_sum, v = _weighted_softmax(z, self.mx.unsqueeze(-1), -2)
-        return log_norm, torch.where(self.live_y, gamma + log_sum, 0.0), w, v
+    def evaluate(self, gamma: Tensor) -> _Values:
+        """L, gamma + M without its mean, its size, and the row-normalised kernels."""
+        log_norm, w = _weighted_softmax(self.exponent + self._at_y(gamma), self.my.unsqueeze(-2), -1)
+        log_sum, v = _weighted_softmax(self.exponent - self._at_x(log_norm), self.mx.unsqueeze(-1), -2)
+        balance = gamma + log_sum
+        balance = balance - (self.share * balance).sum(-1, keepdim=True)  # a constant in gamma means nothing
+        error = (self.share * balance.abs().clamp_(max=50)).sum(-1)
+        return _Values(log_norm, balance, error, w, v)
 
-    def centred(self, balance: Tensor) -> Tensor:
-        """Without its mean: potentials mean the same up to a constant."""
-        return torch.where(self.live_y, balance - (self.share * balance).sum(-1, keepdim=True), 0.0)
+    def _at_y(self, gamma: Tensor) -> Tensor:
+        return (gamma if self.dead_y is None else gamma + self.dead_y).unsqueeze(-2)
 
-    def error(self, balance: Tensor) -> Tensor:
-        """Weighted mean of the size of the balance, (rows,)."""
-        return (self.share * self.centred(balance).abs().clamp(max=50)).sum(-1)
+    def _at_x(self, log_norm: Tensor) -> Tensor:
+        return (log_norm if self.dead_x is None else log_norm - self.dead_x).unsqueeze(-1)
 
-    def jacobian(self, w: Tensor, v: Tensor) -> Tensor:
+    def jacobian(self, values: _Values, work: torch.dtype) -> Tensor:
         """I - V W, made regular by what it does to constants."""
-        matrix = self.share.unsqueeze(-2).to(w.dtype) - v.mT @ w
+        matrix = self.share.unsqueeze(-2).to(work) - values.v.to(work).mT @ values.w.to(work)
         matrix.diagonal(dim1=-2, dim2=-1).add_(1)
         return matrix
 
-    def change(self, w: Tensor, v: Tensor, balance: Tensor, accuracy: Accuracy) -> Tensor:
-        """The Newton step; from a float32 matrix where that is the accuracy, which takes half the time."""
-        work = torch.float32 if accuracy is ACCURACY[torch.float32] else torch.float64
-        matrix = self.jacobian(w.to(work), v.to(work))
-        step: Tensor = torch.linalg.solve_ex(matrix, self.centred(balance).to(work).unsqueeze(-1))[0]
-        return step.squeeze(-1).double()
-
     def kernel(self, gamma: Tensor, log_norm: Tensor) -> Tensor:
         """exp(D + gamma - L), 0 at nodes that stand for nothing."""
-        shift = (log_norm + self.dead_x).unsqueeze(-1)
-        return (self.exponent + (gamma + self.dead_y).unsqueeze(-2) - shift).exp()
+        return (self.exponent + self._at_y(gamma)).sub_(self._at_x(log_norm)).exp_()
+
+
+class _Values(NamedTuple):
+    """What a system is at some gamma.
+
+    Attributes:
+        log_norm: (rows, qx), L.
+        balance: (rows, qy), gamma + M without its mean.
+        error: (rows,), weighted mean of the size of the balance.
+        w: (rows, qx, qy), W.
+        v: (rows, qx, qy), the transpose of V.
+    """
+
+    log_norm: Tensor
+    balance: Tensor
+    error: Tensor
+    w: Tensor
+    v: Tensor
 
 
 def _weighted_softmax(z: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -204,40 +214,39 @@ def _weighted_softmax(z: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tens
     return (most + total.log()).squeeze(dim), part.div_(total)
 
 
-def newton(system: _System, gamma: Tensor, accuracy: Accuracy) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """gamma, L, error and steps of each row, by plain Newton steps; a row freezes when it has converged."""
+def newton(system: _System, gamma: Tensor, accuracy: Accuracy) -> _Found:
+    """Plain Newton steps; a row freezes when it has converged.
+
+    In float32 the matrix is a float32 one: that takes half the time, and the steps converge as well.
+    """
+    work = torch.float32 if accuracy is ACCURACY[torch.float32] else torch.float64
     steps = torch.zeros(gamma.shape[0], dtype=torch.int64, device=gamma.device)
-    log_norm, balance, w, v = system.evaluate(gamma)
-    error = system.error(balance)
-    best, best_norm, least = gamma, log_norm, error
-    live = error < math.inf
+    values = system.evaluate(gamma)
+    live = values.error < math.inf
     for _ in range(STEPS):
-        live &= error > TOLERANCE
+        live &= values.error > TOLERANCE
         if not bool(live.any()):
             break
-        change = system.change(w, v, balance, accuracy).clamp(-20, 20)
+        matrix, wanted = system.jacobian(values, work), values.balance.to(work).unsqueeze(-1)
+        change = torch.linalg.solve_ex(matrix, wanted)[0].squeeze(-1).clamp_(-20, 20)
         gamma = torch.where(live.unsqueeze(-1), gamma - change, gamma)
         steps += live
         live &= change.abs().amax(-1) > accuracy.last_change
-        log_norm, balance, w, v = system.evaluate(gamma)
-        error = system.error(balance)
-        better = (error < least).unsqueeze(-1)
-        best, best_norm = torch.where(better, gamma, best), torch.where(better, log_norm, best_norm)
-        least = torch.minimum(error, least)
-    return best, best_norm, least, steps
+        values = system.evaluate(gamma)
+    return _Found(gamma, values.log_norm, values.error, steps)
 
 
-def careful_newton(system: _System, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def careful_newton(system: _System, gamma: Tensor) -> _Found:
     """As ``newton``, one row, with a Levenberg term and shorter steps where the full step does not help.
 
     Gaps between the points let blocks of targets move almost freely: I - V W then has a near null vector a block.
     """
-    log_norm, balance, w, v = system.evaluate(gamma)
-    error, damping, steps = system.error(balance).item(), 0.0, 0
+    values = system.evaluate(gamma)
+    error, damping, steps = values.error.item(), 0.0, 0
     while steps < 3 * STEPS and error > TOLERANCE:
         steps += 1
-        matrix, wanted = system.jacobian(w, v), system.centred(balance).unsqueeze(-1)
-        found: tuple[float, Tensor, tuple[Tensor, ...], float] | None = None
+        matrix, wanted = system.jacobian(values, torch.float64), values.balance.unsqueeze(-1)
+        best: tuple[float, Tensor, _Values, float] | None = None
         for term in (damping, *(max(damping * up, low) for up, low in _DAMPING), 0.1, 1.0):
             damped = matrix.clone()
             damped.diagonal(dim1=-2, dim2=-1).add_(term)
@@ -247,19 +256,28 @@ def careful_newton(system: _System, gamma: Tensor) -> tuple[Tensor, Tensor, Tens
             change.clamp_(-20, 20)
             for length in (1.0, 0.4, 0.16):
                 trial = gamma - length * change
-                values = system.evaluate(trial)
-                after = system.error(values[1]).item()
-                if found is None or after < found[0]:
-                    found = after, trial, values, term
+                there = system.evaluate(trial)
+                after = there.error.item()
+                if best is None or after < best[0]:
+                    best = after, trial, there, term
                 if after < error * (1 - 0.6 * length) or after < TOLERANCE:
                     break
-            if found is not None and (found[0] < 0.75 * error or found[0] < TOLERANCE):
+            if best is not None and (best[0] < 0.75 * error or best[0] < TOLERANCE):
                 break
-        if found is None or not found[0] < error:
+        if best is None or not best[0] < error:
             break  # rounding
-        error, gamma, (log_norm, balance, w, v), damping = found
+        error, gamma, values, damping = best
         damping = damping / 100 if damping > 1e-12 else 0.0
-    return gamma, log_norm, gamma.new_tensor([error]), torch.tensor([steps], device=gamma.device)
+    return _Found(gamma, values.log_norm, values.error, torch.tensor([steps], device=gamma.device))
+
+
+class _Found(NamedTuple):
+    """gamma and L where Newton stopped, the error that is left, and its steps."""
+
+    gamma: Tensor
+    log_norm: Tensor
+    error: Tensor
+    steps: Tensor
 
 
 _DAMPING = ((1e2, 1e-10), (1e4, 1e-6), (1e6, 1e-3))
@@ -325,10 +343,14 @@ def solve_exactly(problem: Problem) -> Solved:
     rows, side_x, side_y = torch.arange(x.shape[0]), Exact(x), Exact(y)
     system = _System(side_x, side_y, a, b, problem)
     found = newton(system, start(x, a, y, b, y, power) / epsilon, ACCURACY[torch.float64])
-    for row in (~(found[2] < GOOD)).nonzero()[:, 0].tolist():
+    for row in (~(found.error < GOOD)).nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
         alone = _System(Exact(x[one]), Exact(y[one]), a[one], b[one], problem.rows(one))
-        for whole, part in zip(found, careful_newton(alone, found[0][one]), strict=True):
+        for whole, part in zip(
+            found,
+            careful_newton(alone, start(x[one], a[one], y[one], b[one], y[one], power) / epsilon[one]),
+            strict=True,
+        ):
             whole[one] = part
     return _finish(rows, side_x, side_y, system, found)
 
@@ -371,9 +393,7 @@ def _even_targets(
     return Shared(side), *_masses(side, torch.full_like(y[:, :1], 1 / count).expand(1, count))
 
 
-def _finish(
-    rows: Tensor, side_x: Nodes, side_y: Nodes, system: _System, found: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> Solved:
+def _finish(rows: Tensor, side_x: Nodes, side_y: Nodes, system: _System, found: _Found) -> Solved:
     gamma, log_norm, error, steps = found
     kernel = system.kernel(gamma, log_norm)
     left = [_unresolved(side_x, kernel.mT, system.mx), _unresolved(side_y, kernel, system.my)]

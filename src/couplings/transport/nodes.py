@@ -80,25 +80,26 @@ def _moments(box: Tensor, u: Tensor, weight: Tensor | None, boxes: int, degree: 
     """
     d = 1 if weight is None else weight.shape[-1]
     out = u.new_empty(degree, boxes, d)
-    twice = (u * 2)[:, None]
-    before = term = weight
-    for k in range(degree):
-        if term is None:
-            out[0, :, 0] = torch.bincount(box, minlength=boxes)
-        elif d <= 4:
-            for column in range(d):
-                out[k, :, column] = torch.bincount(box, term[:, column], minlength=boxes)
-        else:
-            out[k] = term.new_zeros(boxes, d).index_add_(0, box, term)
-        if k + 1 == degree:
-            break
-        if k == 0:  # T_0 = 1, T_1 = u
-            term = u[:, None] if weight is None else weight * u[:, None]
-        elif k == 1 and weight is None:
-            before, term = term, torch.sub(twice * u[:, None], 1)
-        else:  # T_(k+1) = 2 u T_k - T_(k-1)
-            before, term = term, (twice * term).sub_(before)  # type: ignore[operator, arg-type]
+    for column in range(d if d <= 4 else 0):
+        term = None if weight is None else weight[:, column]
+        for k, value in enumerate(_chebyshev_terms(u, term, degree)):
+            out[k, :, column] = torch.bincount(box, value, minlength=boxes)
+    if d > 4:
+        for k, value in enumerate(_chebyshev_terms(u[:, None], weight, degree)):
+            out[k] = u.new_zeros(boxes, d).index_add_(0, box, value)  # type: ignore[arg-type]
     return out.transpose(0, 1)
+
+
+def _chebyshev_terms(u: Tensor, weight: Tensor | None, degree: int) -> Iterator[Tensor | None]:
+    """w T_k(u), k = 0 .. degree - 1, by T_(k+1) = 2 u T_k - T_(k-1); the first one None if all weigh 1."""
+    yield weight
+    before = torch.ones_like(u) if weight is None else weight
+    term = u if weight is None else weight * u
+    yield term
+    twice = u * 2
+    for _ in range(degree - 2):
+        before, term = term, (twice * term).sub_(before)
+        yield term
 
 
 def _series(box: Tensor, u: Tensor, coefficients: Tensor) -> Tensor:

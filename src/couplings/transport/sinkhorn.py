@@ -19,20 +19,22 @@ from torch import Tensor
 
 from couplings._rowwise import RowFunction
 from couplings.transport._progress import all_true, any_true
-from couplings.transport.newton_cg import times, times_transposed
 
-BLOCK = 8  # sweeps between two looks at the scalings
+BLOCK = 8  # sweeps between two looks at the scalings at first, and of one kernel in the gradient
+LONGEST = 32  # sweeps between two looks later on
 SINGLE = 8  # the first sweeps move far: their gradient uses one kernel each
 
 
 class Absorbed:
     """The state of a batch of sweeps: a reference ``(h, e)`` and the kernel absorbed there.
 
+    Arrays ``s x l`` are allocated once: on a CPU fresh memory costs more than the arithmetic of a sweep.
+
     Args:
         x: ``(B, s, l)`` float64 logits, ``+inf`` forbids a pair.
         p: Short masses ``(B, s)``.
         q: Long masses ``(B, l)``.
-        dtype: Precision of the kernel and its mat-vecs; potentials are float64.
+        dtype: Precision of the kernel, its mat-vecs and all exponentials; logits and potentials are float64.
     """
 
     def __init__(self, x: Tensor, p: Tensor, q: Tensor, dtype: torch.dtype) -> None:
@@ -43,53 +45,89 @@ class Absorbed:
         self.p_low, self.q_low = p.to(dtype), q.to(dtype)
         # lowest logit kept in the kernel, and log scalings up to which what was cut off is negligible
         self.floor, self.drift = (-500.0, 200.0) if dtype == torch.float64 else (-80.0, 20.0)
+        self.logits = torch.empty_like(x)
+        self.terms = self.logits if dtype == x.dtype else torch.empty_like(x, dtype=dtype)
         h, e = self.exact_sweep(torch.where(self.some_p, 0.0, -torch.inf).to(x.dtype))
         self.first = (h, e)
-        self.reference = (h, e)
-        self.kernel = self.absorb(h, e)
-        self.v = self.some_p.to(dtype)
+        self.rebase(h, e)
 
     def exact_sweep(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """One sweep by log-sum-exps; an entry without mass is ``-inf``."""
-        e = self.log_q - torch.logsumexp(h[:, :, None] - self.x, -2)
+        e = self.log_q - self.log_sum(h[:, :, None], -2)
         e = torch.where(self.some_q, e, -torch.inf)
-        h = self.log_p - torch.logsumexp(e[:, None, :] - self.x, -1)
+        h = self.log_p - self.log_sum(e[:, None, :], -1)
         return torch.where(self.some_p, h, -torch.inf), e
+
+    def log_sum(self, potential: Tensor, dim: int) -> Tensor:
+        """``logsumexp(potential - x)`` along ``dim``."""
+        logits = torch.sub(potential, self.x, out=self.logits)
+        top = logits.amax(dim, keepdim=True)
+        top = torch.where(top == -torch.inf, 0.0, top)
+        terms = self.terms.copy_(logits.sub_(top)).exp_()
+        return terms.sum(dim, dtype=self.x.dtype).log() + top.squeeze(dim)
 
     def absorb(self, h: Tensor, e: Tensor) -> Tensor:
         """``exp(h + e - x)``, exactly zero where a mass is."""
-        logits = (h[:, :, None] + e[:, None, :] - self.x).to(self.dtype).clamp_(min=self.floor).exp_()
+        logits = torch.add(h[:, :, None], e[:, None, :], out=self.logits).sub_(self.x)
+        kernel = torch.empty_like(self.terms).copy_(logits.clamp_(min=self.floor)).exp_()
         if self.zeros:
-            logits = logits.mul_(self.some_p[:, :, None]).mul_(self.some_q[:, None, :])
-        return logits
+            kernel = kernel.mul_(self.some_p[:, :, None]).mul_(self.some_q[:, None, :])
+        return kernel
+
+    def rebase(self, h: Tensor, e: Tensor, moved: Tensor | None = None) -> None:
+        """Absorb the kernel at ``(h, e)``, where ``moved`` is given only for those items."""
+        kernel: Tensor = self.absorb(h, e)
+        v: Tensor = self.some_p.to(self.dtype)
+        if moved is not None:
+            where = moved[:, None]
+            h, e = torch.where(where, h, self.reference[0]), torch.where(where, e, self.reference[1])
+            kernel, v = torch.where(where[:, None], kernel, self.kernel), torch.where(where, v, self.v)
+        self.reference: tuple[Tensor, Tensor] = (h, e)
+        self.kernel: Tensor = kernel
+        self.v: Tensor = v
+        # batched products are fast only from the left, on rows that lie in memory as they are read
+        single = kernel.shape[0] == 1
+        self.rows = kernel if single else kernel.contiguous()
+        self.columns = kernel.mT if single else kernel.mT.contiguous()
+
+    def scalings(self, count: int) -> tuple[Tensor, Tensor]:
+        """``v`` and ``u`` of ``count`` more sweeps, ``(count, B, s)`` and ``(count, B, l)``."""
+        batch, short, long = self.x.shape
+        vs = self.kernel.new_empty(count, batch, short)
+        us = self.kernel.new_empty(count, batch, long)
+        v = self.v
+        for u, v_next in zip(us.unbind(), vs.unbind(), strict=True):
+            for old, matrix, mass, some, new in (
+                (v, self.rows, self.q_low, self.some_q, u),
+                (u, self.columns, self.p_low, self.some_p, v_next),
+            ):
+                if batch == 1:
+                    torch.mv(matrix[0].mT, old[0], out=new[0])
+                else:
+                    torch.bmm(old[:, None], matrix, out=new[:, None])
+                torch.div(mass, new, out=new)
+                if self.zeros:
+                    new.masked_fill_(~some, 0)
+            v = v_next
+        return vs, us
 
     def sweep(self, count: int) -> tuple[Tensor, Tensor]:
         """``count`` more sweeps; returns all their potentials, ``(count, B, s)`` and ``(count, B, l)``."""
-        vs, us, v = [], [], self.v
-        for _ in range(count):
-            u = self.q_low / times_transposed(self.kernel, v)
-            u = torch.where(self.some_q, u, 0.0) if self.zeros else u
-            v = self.p_low / times(self.kernel, u)
-            v = torch.where(self.some_p, v, 0.0) if self.zeros else v
-            us.append(u)
-            vs.append(v)
-        log_v, log_u = torch.stack(vs).to(self.x.dtype).log(), torch.stack(us).to(self.x.dtype).log()
-        h, e = self.reference
-        hs, es = h + log_v, e + log_u  # -inf twice where there is no mass
+        vs, us = self.scalings(count)
+        log_v, log_u = vs.to(self.x.dtype).log(), us.to(self.x.dtype).log()
         far_v = ~(log_v.abs() <= self.drift) & self.some_p
         far_u = ~(log_u.abs() <= self.drift) & self.some_q
         far = far_v.any(-1).any(0) | far_u.any(-1).any(0)
+        h, e = self.reference
+        hs, es = log_v.add_(h), log_u.add_(e)  # -inf twice where there is no mass
+        before, self.v = self.v, vs[-1]
         if any_true(far):
-            exact = [self.exact_sweep(h + self.v.to(self.x.dtype).log())]
+            exact = [self.exact_sweep(h + before.to(self.x.dtype).log())]
             for _ in range(count - 1):
                 exact.append(self.exact_sweep(exact[-1][0]))
             hs = torch.where(far[:, None], torch.stack([pair[0] for pair in exact]), hs)
             es = torch.where(far[:, None], torch.stack([pair[1] for pair in exact]), es)
-            self.kernel = torch.where(far[:, None, None], self.absorb(hs[-1], es[-1]), self.kernel)
-            h, e = torch.where(far[:, None], hs[-1], h), torch.where(far[:, None], es[-1], e)
-            v = torch.where(far[:, None], self.some_p.to(self.dtype), v)
-            self.reference = (h, e)
-        self.v = v
+            self.rebase(hs[-1], es[-1], far)
         return hs, es
 
 
@@ -206,10 +244,12 @@ def _run_sweeps(x: Tensor, p: Tensor, q: Tensor, iterations: int, low: bool) -> 
     )
     hs, es = [state.first[0][None]], [state.first[1][None]]
     with torch.autocast(x.device.type, enabled=False):  # it would run the mat-vecs in half precision
-        for start in range(1, iterations, BLOCK):
-            h, e = state.sweep(min(BLOCK, iterations - start))
+        start = 1
+        while start < iterations:
+            h, e = state.sweep(min(BLOCK if start < LONGEST else LONGEST, iterations - start))
             hs.append(h)
             es.append(e)
+            start += len(h)
     h = torch.cat(hs).movedim(0, 1)
     e = torch.cat(es).movedim(0, 1)
     h = torch.where(state.some_p[:, None, :], h, 0.0)
