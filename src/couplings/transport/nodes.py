@@ -9,9 +9,9 @@ l_q is the cardinal polynomial of node q on its box (ordering.md). Everything is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ CHUNK = 2**15
 """Points worked on at a time: their temporaries stay in cache."""
 
 
-class Nodes(Protocol):
+class Nodes(ABC):
     """Nodes (rows, q) for points (rows, n).
 
     Attributes:
@@ -33,17 +33,28 @@ class Nodes(Protocol):
     nodes: Tensor
     live: Tensor
 
+    @abstractmethod
     def spread(self, weight: Tensor) -> Tensor:
         """(rows, n, d) -> (rows, q, d)."""
 
+    @abstractmethod
     def interpolate(self, value: Tensor) -> Tensor:
         """(rows, q, d) -> (rows, n, d)."""
 
+    def contract(self, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """sum_d w_d(i) f_d(t_i), (rows, n), for values (rows, q, d) and d weights (rows, n)."""
+        at = self.interpolate(value)
+        total = weights[0] * at[..., 0]
+        for column, weight in enumerate(weights[1:], 1):
+            total = torch.addcmul(total, weight, at[..., column])
+        return total
+
+    @abstractmethod
     def tails(self, density: Tensor) -> Tensor:
         """Of functions (rows, functions, q): (rows, boxes), how far each box leaves them unresolved."""
 
 
-class Exact:
+class Exact(Nodes):
     """Every point is its own node."""
 
     def __init__(self, points: Tensor) -> None:
@@ -103,17 +114,14 @@ def _chebyshev_terms(u: Tensor, weight: Tensor | None, degree: int) -> Iterator[
 
 
 def _series(box: Tensor, u: Tensor, coefficients: Tensor) -> Tensor:
-    """sum_k c_k T_k(u_i) by Clenshaw's recurrence, (n, d), for coefficients (degree, boxes, d)."""
-    degree, _, d = coefficients.shape
+    """sum_k c_k T_k(u_i) by Clenshaw's recurrence: (n,) or (n, d) for coefficients (degree, boxes) or with d."""
     u = u.to(coefficients.dtype)
-    if d == 1:
-        coefficients = coefficients.squeeze(-1)
-    else:
+    if coefficients.dim() == 3:
         u = u[:, None]
     twice = u * 2
     one: Tensor | None = None
     two: Tensor | None = None
-    for k in range(degree - 1, 0, -1):
+    for k in range(len(coefficients) - 1, 0, -1):
         new = coefficients[k].index_select(0, box)
         if one is not None:
             new.addcmul_(twice, one)
@@ -125,7 +133,7 @@ def _series(box: Tensor, u: Tensor, coefficients: Tensor) -> Tensor:
         out.addcmul_(u, one)
     if two is not None:
         out.sub_(two)
-    return out.reshape(-1, d)
+    return out
 
 
 def _tails(density: Tensor, degree: int, to_coefficients: Tensor) -> Tensor:
@@ -135,7 +143,7 @@ def _tails(density: Tensor, degree: int, to_coefficients: Tensor) -> Tensor:
     return last.abs().amax((1, 3)) if functions else last.new_zeros(rows, last.shape[2])
 
 
-class Boxes:
+class Boxes(Nodes):
     """Equal boxes over the range of each row, ``degree`` Chebyshev nodes in each.
 
     Args:
@@ -163,11 +171,18 @@ class Boxes:
         left = torch.arange(count, dtype=torch.float64, device=points.device)[:, None]
         self.nodes = self.low + self.width * (left + (unit + 1) / 2).reshape(1, -1)
         self._whole = next(self._split()) if points.numel() <= CHUNK else None
-        self.population = torch.zeros(rows * count, dtype=torch.float64, device=points.device)
-        for place, box, _ in self._pieces():
-            here = None if present is None else present[place].reshape(-1).double()
-            self.population += torch.bincount(box, here, minlength=rows * count)
-        live = self.population.reshape(rows, count, 1) > 0
+        if self._whole is None and present is None:
+            # one pass tells which boxes are empty and what equal weights spread to
+            self.even = torch.zeros(rows * count, degree, 1, dtype=torch.float64, device=points.device)
+            for _, box, u in self._pieces():
+                self.even += _moments(box, u, None, rows * count, degree)
+            population = self.even[:, 0, 0]
+        else:
+            population = torch.zeros(rows * count, dtype=torch.float64, device=points.device)
+            for place, box, _ in self._pieces():
+                here = None if present is None else present[place].reshape(-1).double()
+                population += torch.bincount(box, here, minlength=rows * count)
+        live = population.reshape(rows, count, 1) > 0
         self.live = live.expand(rows, count, degree).reshape(rows, -1)
 
     def _split(self) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
@@ -197,22 +212,20 @@ class Boxes:
         if self._whole is not None:
             _, box, u = self._whole
             total = _moments(box, u, weight.reshape(-1, d).double(), boxes, self.degree)
+        elif d == 1 and weight.stride(1) == 0 and hasattr(self, "even"):
+            total = self.even * weight[:, :1].repeat_interleave(self.count, 0)
         else:
             total = weight.new_zeros(boxes, self.degree, d, dtype=torch.float64)
-            even = d == 1 and weight.stride(1) == 0  # one number for all
             for place, box, u in self._pieces():
-                part = None if even else weight[place].reshape(-1, d).double()
-                total += _moments(box, u, part, boxes, self.degree)
-            if even:
-                each = weight[:, :1, :].repeat_interleave(self.count, 0)
-                total *= each
+                total += _moments(box, u, weight[place].reshape(-1, d).double(), boxes, self.degree)
         return torch.matmul(self.to_coefficients.mT, total).reshape(rows, -1, d)
 
     def interpolate(self, value: Tensor) -> Tensor:
         """(rows, q, d) -> (rows, n, d)."""
         rows, d = value.shape[0], value.shape[-1]
-        series = torch.matmul(self.to_coefficients, value.reshape(rows * self.count, self.degree, d))
-        series = series.transpose(0, 1).to(self.work, memory_format=torch.contiguous_format)
+        if d == 1:
+            return self._one_by_one(value, [None]).unsqueeze(-1)
+        series = self._series_of(value)
         if self._whole is not None:
             return _series(*self._whole[1:], series).reshape(rows, -1, d)
         out = value.new_empty(rows, self.points.shape[-1], d, dtype=self.work)
@@ -220,12 +233,36 @@ class Boxes:
             out[place] = _series(box, u, series).reshape(out[place].shape)
         return out
 
+    def contract(self, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """sum_d w_d(i) f_d(t_i), (rows, n), for values (rows, q, d) and d weights (rows, n)."""
+        return self._one_by_one(value, weights)
+
+    def _series_of(self, value: Tensor) -> Tensor:
+        """Chebyshev coefficients of each box, (degree, rows * boxes, d)."""
+        rows, d = value.shape[0], value.shape[-1]
+        series = torch.matmul(self.to_coefficients, value.reshape(rows * self.count, self.degree, d))
+        return series.transpose(0, 1).to(self.work)
+
+    def _one_by_one(self, value: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
+        series = [one.contiguous() for one in self._series_of(value).unbind(-1)]
+        out = value.new_empty(len(value), self.points.shape[-1], dtype=self.work)
+        for place, box, u in self._pieces():
+            total: Tensor | None = None
+            for one, weight in zip(series, weights, strict=True):
+                part = _series(box, u, one)
+                if weight is not None:
+                    here = weight[place].reshape(-1).to(self.work)
+                    part = part.mul_(here) if total is None else total.addcmul_(part, here)
+                total = part
+            out[place] = total.reshape(out[place].shape)  # type: ignore[union-attr]
+        return out
+
     def tails(self, density: Tensor) -> Tensor:
         """Of functions (rows, functions, q): (rows, boxes), how far each box leaves them unresolved."""
         return _tails(density, self.degree, self.to_coefficients)
 
 
-class Cells:
+class Cells(Nodes):
     """Boxes of any width for one row: each shrinks to the hull of its points, few values are nodes themselves.
 
     Args:
@@ -285,7 +322,7 @@ class Cells:
         return Cells(self.points, torch.cat((self.edges, middle)).sort().values, self.degree, self.distinct)
 
 
-class Chained:
+class Chained(Nodes):
     """Fine boxes of low degree next to the points, and nodes for what the fine boxes hold: points are touched once.
 
     Args:
@@ -308,19 +345,26 @@ class Chained:
 
     def interpolate(self, value: Tensor) -> Tensor:
         """(rows, q, d) -> (rows, n, d)."""
+        return self.fine.interpolate(self._between(value))
+
+    def _between(self, value: Tensor) -> Tensor:
         between = self.coarse.interpolate(value)
-        if self.kept is not None:
-            whole = between.new_zeros(1, self.fine.nodes.shape[-1], value.shape[-1])
-            whole[:, self.kept] = between
-            between = whole
-        return self.fine.interpolate(between)
+        if self.kept is None:
+            return between
+        whole = between.new_zeros(1, self.fine.nodes.shape[-1], value.shape[-1])
+        whole[:, self.kept] = between
+        return whole
+
+    def contract(self, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """sum_d w_d(i) f_d(t_i), (rows, n), for values (rows, q, d) and d weights (rows, n)."""
+        return self.fine.contract(self._between(value), weights)
 
     def tails(self, density: Tensor) -> Tensor:
         """As the coarse nodes say."""
         return self.coarse.tails(density)
 
 
-class Shared:
+class Shared(Nodes):
     """One row of points that all rows have: worked on once, the rows standing side by side as columns."""
 
     def __init__(self, one: Nodes) -> None:

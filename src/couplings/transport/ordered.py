@@ -229,14 +229,10 @@ def _pull_back_group(
     t = _columns(price + both if d else price, *((mc,) if c.shape[1] else ()), *((sigma,) if d else ()))
     at_nodes = k @ t
     bent = k * group.slope
-    slope_x = group.x.interpolate(bent @ t - at_nodes * (bent @ my))
-    x_grad = -a * slope_x[..., 0]
-    first = 1
-    if c.shape[1]:
-        x_grad = torch.addcmul(x_grad, ranks_grad, slope_x[..., 1])
-        first = 2
-    if d:
-        x_grad = x_grad + a * (v * slope_x[..., first:]).sum(-1)
+    slope_x = bent @ t - at_nodes * (bent @ my)
+    first = 2 if c.shape[1] else 1
+    weights = [-a, *((ranks_grad,) if c.shape[1] else ()), *(a * column for column in v.unbind(-1))]
+    x_grad = group.x.contract(slope_x, weights)
     a_grad = v_grad = None
     if masses:
         at_x = group.x.interpolate(at_nodes)
