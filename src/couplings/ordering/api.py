@@ -156,7 +156,7 @@ def soft_rank(
     with full_precision(x):
         if method == "transport":
             place = call.targets(num_targets, targets, target_weights)
-            out = call.averages(place, place.b.cumsum(-1) * call.rows.count, straight=True)
+            out = call.ranks(place)
         else:
             call.refuse(num_targets=num_targets, targets=targets, target_weights=target_weights)
             out = call.relaxed("ranks", call.exact_ranks)
@@ -334,6 +334,10 @@ def soft_quantile(
         tensor([2., 3.])
     """
     call = _Call(x, dim, False, epsilon, "transport", None, weights, mask, standardize, squash, hard, p, None)
+    if isinstance(q, Tensor):
+        _checks.real_tensor("q", q)
+    elif not all(isinstance(level, (int, float)) for level in (q if isinstance(q, (list, tuple)) else (q,))):
+        _checks.reject("q", "a number, several or a tensor", _checks.describe(q), "Pass 0.5.", TypeError)
     levels = torch.as_tensor(q, dtype=torch.float64, device=x.device)
     if levels.dim() > 1 or not levels.numel():
         _checks.reject("q", "a number, or one dimension of them", _checks.describe(q), "Flatten q.")
@@ -417,10 +421,12 @@ def quantile_normalize(
         tensor([20.,  0., 10.])
     """
     call = _Call(x, dim, False, epsilon, "transport", None, weights, mask, standardize, squash, hard, p, None)
-    levels = call.row_of_targets("targets", targets).double().sort(dim=-1).values
+    levels = call.row_of_targets("targets", targets)
+    _checks.same_dtype("targets", targets, x)
+    levels = levels.double().sort(dim=-1).values
     with full_precision(x):
         even = entropic.even_targets(call.rows, levels.shape[-1])
-        return call.finish(call.averages(even, levels))
+        return call.finish(call.averages(even, lambda: levels))
 
 
 def soft_quantize(
@@ -459,9 +465,12 @@ def soft_quantize(
         tensor([1.5000, 8.5000, 1.5000, 8.5000])
     """
     call = _Call(x, dim, False, epsilon, "transport", None, weights, mask, standardize, squash, hard, p, None)
+    if levels is None:
+        _checks.reject("levels", "an int", "None", "Pass a positive int.", TypeError)
     with full_precision(x):
         place = call.targets(levels, None, None, "levels")
-        return call.finish(call.averages(place, call.values(place, call.rows.x.unsqueeze(-1)).squeeze(-1)))
+        values = call.values(place, call.rows.x.unsqueeze(-1)).squeeze(-1)
+        return call.finish(call.averages(place, lambda: values))
 
 
 def order_certificate(
@@ -514,6 +523,22 @@ def order_certificate(
         return entropic.certificate(call.rows, call.epsilon, place, squash, p, samples)
 
 
+def _valid(value: Tensor, good: Tensor, name: str, expected: str) -> Tensor:
+    """``value``, refused if part of it is not good; NaN there where nobody may look."""
+    bad = seen(~good)
+    if bad:
+        _checks.reject(name, expected, "some that are not", _REMEDY[name])
+    return torch.where(good, value, math.nan) if bad is None else value
+
+
+_REMEDY = {
+    "weights": "Clamp or mask them.",
+    "epsilon": "Pass 0 as a float.",
+    "targets": "Sort them, with their weights.",
+    "target_weights": "Drop such targets.",
+}
+
+
 class _Call:
     """The arguments that all operators share, checked, and the row problems that they make."""
 
@@ -535,6 +560,8 @@ class _Call:
         name: str = "x",
     ) -> None:
         _checks.real_tensor(name, x)
+        if x.dim() == 0:
+            _checks.reject(name, "at least one dimension", "a 0-dimensional tensor", "Reshape it to (1,).")
         self.dim = _checks.dimension("dim", dim, x.dim())
         if x.shape[self.dim] == 0:
             _checks.reject(
@@ -559,12 +586,13 @@ class _Call:
             _checks.same_dtype("weights", weights, x, name)
             _checks.same_device("weights", weights, x, name)
             _checks.broadcastable("weights", weights, x.shape, f"the shape of {name}")
-            if seen(~((weights >= 0) & (weights < math.inf))):
-                _checks.reject("weights", "finite values >= 0", "some that are not", "Clamp or mask them.")
+            weights = _valid(weights, (weights >= 0) & (weights < math.inf), "weights", "finite values >= 0")
             weights = weights.expand(x.shape)
         entropic.check_squash(squash)
         self.squash = squash
-        if not 1 <= float(p) < math.inf:
+        if isinstance(p, bool) or not isinstance(p, (int, float)):
+            _checks.reject("p", "a number >= 1", _checks.describe(p), "Pass a float.", TypeError)
+        if not 1 <= p < math.inf:
             _checks.reject("p", "a number >= 1", _checks.describe(p), "The cost |x - y|^p must be convex.")
         self.dtype = x.dtype
         self.rows: Rows = prepare(x, self.dim, descending, weights, mask, standardize)
@@ -596,10 +624,9 @@ class _Call:
             _checks.real_tensor("epsilon", epsilon)
             _checks.same_device("epsilon", epsilon, x)
             _checks.broadcastable("epsilon", epsilon, self.batch, "one value per row, or a scalar")
-            if seen(~(epsilon > 0)):
-                _checks.reject(
-                    "epsilon", "positive values in a tensor", "some that are not", "Pass 0 as a float."
-                )
+            epsilon = _valid(
+                epsilon, (epsilon > 0) & (epsilon < math.inf), "epsilon", "positive finite values in a tensor"
+            )
             work = torch.float32 if x.dtype in _checks.HALF else x.dtype
             return epsilon.to(work).expand(self.batch).unsqueeze(-1)
         if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
@@ -650,13 +677,12 @@ class _Call:
         else:
             m = (y if y is not None else b).shape[-1]  # type: ignore[union-attr]
             even = entropic.even_targets(self.rows, m)
-            if y is not None and seen(y.detach().diff(dim=-1) < 0):
-                _checks.reject("targets", "rising places", "some that fall", "Sort them, with their weights.")
+            if y is not None:
+                y = _valid(y, y.isfinite(), "targets", "finite places")
+                rising = (y.detach().diff(dim=-1) >= 0).all(-1, keepdim=True)
+                y = _valid(y, rising, "targets", "rising places")
             if b is not None:
-                if seen(~((b > 0) & (b < math.inf))):
-                    _checks.reject(
-                        "target_weights", "positive values", "some that are not", "Drop such targets."
-                    )
+                b = _valid(b, (b > 0) & (b < math.inf), "target_weights", "positive finite values")
                 b = b / b.sum(-1, keepdim=True)
             place = Targets(even.y if y is None else y, even.b if b is None else b, None, False)
         self._check_size(place)
@@ -674,7 +700,7 @@ class _Call:
     def _choose(self, soft: Callable[[], Tensor], exact: Callable[[], Tensor]) -> Tensor:
         if not isinstance(self.epsilon, Tensor) and self.epsilon == 0:
             return self._nan_rows(exact())
-        relaxed = soft()
+        relaxed = soft() if self.rows.standardize else self._nan_rows(soft())
         return self._nan_rows(exact().detach()) + (relaxed - relaxed.detach()) if self.hard else relaxed
 
     def _nan_rows(self, exact: Tensor) -> Tensor:
@@ -682,14 +708,33 @@ class _Call:
         link = (0 * self.rows.x).sum(-1)
         return exact + link.reshape(*link.shape, *(1,) * (exact.dim() - link.dim())).to(exact.dtype)
 
-    def averages(self, place: Targets, of_targets: Tensor, straight: bool = False) -> Tensor:
-        """E[of_targets_J | entry], (*batch, n); 0 where masked."""
+    def ranks(self, place: Targets) -> Tensor:
+        """Ranks, (*batch, n); 0 where masked."""
+        rows = self.rows
+        if place.even:  # an affine function of the target: its ends are enough
+            m = place.y.shape[-1]
+            ends = rows.x.new_tensor([1 / m, 1.0], dtype=torch.float64) * rows.count
+        else:
+            ends = None
+        return self.averages(place, lambda: place.ranks(rows), ends)
+
+    def averages(
+        self, place: Targets, of_targets: Callable[[], Tensor], ends: Tensor | None = None
+    ) -> Tensor:
+        """E[of_targets_J | entry], (*batch, n); 0 where masked. ``ends``: (*batch, 2), if it is affine in even y."""
         rows = self.rows
         out = self._choose(
             lambda: entropic.solve(
-                rows, self.epsilon, place, self.squash, self.p, of_targets, None, straight
+                rows,
+                self.epsilon,
+                place,
+                self.squash,
+                self.p,
+                of_targets() if ends is None else ends,
+                None,
+                ends is not None,
             )[0],
-            lambda: entropic.exact_ranks(rows, place, of_targets),
+            lambda: entropic.exact_ranks(rows, place, of_targets()),
         )
         return self._clear(out.to(rows.x.dtype))
 
@@ -734,7 +779,7 @@ class _Call:
     def exact_ranks(self) -> Tensor:
         """Ranks at epsilon = 0."""
         place = entropic.even_targets(self.rows, None)
-        return self._clear(entropic.exact_ranks(self.rows, place, place.b.cumsum(-1) * self.rows.count))
+        return self._clear(entropic.exact_ranks(self.rows, place, place.ranks(self.rows)))
 
     def exact_values(self, of_entries: Tensor) -> Tensor:
         """Values in order at epsilon = 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from couplings import _checks
 from couplings._scale import mean_std
 from couplings.ordering.rows import Real, Rows
+from couplings.ordering.squash import STEEPNESS, logistic
+from couplings.transport.moments import LONG
 from couplings.transport.ordered import OrderCertificate, certify, order
 
 DEFAULT_EPSILON = 1e-2
@@ -43,31 +46,46 @@ class Targets:
         live = self.live.reshape(*self.live.shape, *(1,) * (values.dim() - self.live.dim()))
         return values.masked_fill(~live, 0)
 
+    def ranks(self, rows: Rows) -> Tensor:
+        """The rank that each target stands for, (*batch, m); whole numbers, without rounding, where it is plain."""
+        if not self.plain:
+            return self.b.cumsum(-1) * rows.count
+        place = torch.arange(1, self.b.shape[-1] + 1, dtype=self.b.dtype, device=self.b.device)
+        return torch.minimum(place, rows.count.to(place.dtype))
+
 
 def even_targets(rows: Rows, count: int | None) -> Targets:
     """``count`` targets of equal mass, evenly on [0, 1]; None: as many as a row has valid entries."""
     batch, n = rows.x.shape[:-1], rows.x.shape[-1]
     m = n if count is None else count
-    place = torch.arange(m, dtype=torch.float64, device=rows.x.device)
     if count is not None or rows.mask is None:
-        y = place / max(1, m - 1)
+        y = _grid(m, rows.x.device)
         mass = y.new_full((1,), 1 / m).expand(*batch, m)
         return Targets(y.expand(*batch, m), mass, None, count is None, True)
+    place = torch.arange(m, dtype=torch.float64, device=rows.x.device)
     valid = rows.count.double()
     live = place < valid
     y = (place / (valid - 1).clamp_min(1)).clamp_max(1)
     return Targets(y, live / valid.clamp_min(1), live, True)
 
 
+@lru_cache(maxsize=8)
+def _grid(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.float64, device=device) / max(1, count - 1)
+
+
 def squashed(rows: Rows, squash: str | None) -> Tensor:
     """The points, (*batch, n) float64: in (0, 1) unless ``squash`` is None."""
+    usual = squash == "logistic" and rows.standardize and rows.mask is None and rows.weights is None
+    if usual and rows.x.dtype == torch.float32 and rows.x.shape[-1] > LONG:
+        return logistic(rows.x)
     x = rows.x.double()
     if rows.standardize:
         weights = None if rows.weights is None else rows.weights.double()
         mean, std = mean_std(x, weights, rows.mask)
         x = (x - mean) / std
     if squash == "logistic":
-        x = torch.sigmoid(x * (math.pi / math.sqrt(3)))
+        x = torch.sigmoid(x * STEEPNESS)
     elif squash == "arctan":
         x = 0.5 + torch.atan(x) / math.pi
     if rows.mask is None:
@@ -98,7 +116,10 @@ def solve(
     values: Tensor | None,
     straight: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """E[target_values_J | entry], (*batch, n), and E[values_I | target], (*batch, m, d); float64."""
+    """E[target_values_J | entry], (*batch, n), and E[values_I | target], (*batch, m, d).
+
+    ``straight``: target_values (*batch, 2) are those of the first and the last of even targets, affine between them.
+    """
     if not isinstance(epsilon, Tensor):
         epsilon = torch.tensor(epsilon, dtype=torch.float64, device=rows.x.device)
     batch = rows.x.shape[:-1]
@@ -115,7 +136,7 @@ def solve(
         power,
         rows.x.dtype,
         targets.even,
-        straight and targets.even,
+        straight,
     )
 
 
@@ -148,7 +169,7 @@ def exact_ranks(rows: Rows, targets: Targets, target_values: Tensor) -> Tensor:
     """E[target_values_J | entry] at epsilon = 0, (*batch, n)."""
     place = sort_order(rows)
     if targets.plain and rows.weights is None:
-        ordered = target_values.double().expand(*rows.x.shape)
+        ordered = target_values.double().expand(rows.x.shape)
     else:
         a = masses(rows).gather(-1, place)
         held = torch.nn.functional.pad((targets.b * target_values.double()).cumsum(-1), (1, 0))

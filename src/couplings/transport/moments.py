@@ -10,6 +10,7 @@ With gamma = g / epsilon at the targets' nodes Y and D_qr = -|X_q - Y_r|^p / eps
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -289,40 +290,53 @@ def solve(problem: Problem, dtype: torch.dtype) -> list[Solved]:
     Each holds rows that share a layout of nodes; a later one replaces the same row in an earlier one.
     """
     accuracy = ACCURACY[dtype]
-    counts = [_boxes_wanted(t, problem.epsilon, problem.power, accuracy) for t in (problem.x, problem.y)]
+    sides = (problem.x, problem.y)
+    even = torch.zeros_like(problem.epsilon), torch.ones_like(problem.epsilon)
+    ends = [_ends(problem.x), even if problem.even else _ends(problem.y)]
+    counts = [_boxes_wanted(t, end, problem, accuracy) for t, end in zip(sides, ends, strict=True)]
     layouts, layout_of = torch.unique(torch.stack(counts, -1), dim=0, return_inverse=True)
     if len(layouts) == 1:
-        return _solve_alike(torch.arange(len(layout_of)), problem, accuracy, *layouts[0].tolist())
+        return _solve_alike(torch.arange(len(layout_of)), problem, ends, accuracy, *layouts[0].tolist())
     out: list[Solved] = []
     for number, layout in enumerate(layouts.tolist()):
         rows = (layout_of == number).nonzero()[:, 0]
-        out += _solve_alike(rows, problem.rows(rows), accuracy, *layout)
+        part = [(low[rows], high[rows]) for low, high in ends]
+        out += _solve_alike(rows, problem.rows(rows), part, accuracy, *layout)
     return out
 
 
-def _boxes_wanted(t: Tensor, epsilon: Tensor, power: float, accuracy: Accuracy) -> Tensor:
+Ends = tuple[Tensor, Tensor]
+"""The least and the largest point of each row, (rows, 1) each."""
+
+
+def _ends(t: Tensor) -> Ends:
+    low, high = t.aminmax(dim=-1, keepdim=True)
+    return low, high
+
+
+def _boxes_wanted(t: Tensor, ends: Ends, problem: Problem, accuracy: Accuracy) -> Tensor:
     """Boxes for each row of points, (rows,); 0 if their nodes would be no fewer than the points."""
-    if power != 2 or t.shape[-1] <= 2 * accuracy.degree:
-        return torch.zeros(t.shape[0], dtype=torch.int64, device=t.device)
-    low, high = t.aminmax(dim=-1)
+    low, high = ends
+    if problem.power != 2 or t.shape[-1] <= 2 * accuracy.degree:
+        return torch.zeros_like(low[:, 0], dtype=torch.int64)
     extent = torch.where((low >= 0) & (high <= 1), 1.0, torch.exp2((high - low).log2().ceil()))
     extent = torch.where(extent.isfinite(), extent, 1.0)  # a row that is NaN anyway
-    count = (extent / (accuracy.width * epsilon.squeeze(-1).sqrt()) - 1e-9).ceil().clamp(1, 2**20).long()
-    return torch.where(count * accuracy.degree < t.shape[-1], count, 0)
+    count = (extent / (accuracy.width * problem.epsilon.sqrt()) - 1e-9).ceil().clamp(1, 2**20).long()
+    return torch.where(count * accuracy.degree < t.shape[-1], count, 0).squeeze(-1)
 
 
 def _solve_alike(
-    rows: Tensor, problem: Problem, accuracy: Accuracy, boxes_x: int, boxes_y: int
+    rows: Tensor, problem: Problem, ends: Sequence[Ends], accuracy: Accuracy, boxes_x: int, boxes_y: int
 ) -> list[Solved]:
     """All rows between equal boxes; then the rows that this does not resolve, one by one, on top."""
     x, a, y, b, epsilon, power, _ = problem
-    side_x = _equal(x, boxes_x, accuracy)
+    side_x = _equal(x, ends[0], boxes_x, accuracy)
     mx, place_x, held_x = _masses(side_x, a)
     if problem.even and boxes_y:
         side_y, my, place_y, held_y = _even_targets(y.shape[-1], boxes_y, accuracy, y.device)
         place_y, held_y = place_y.expand(len(x), -1), held_y.expand(len(x), -1)
     else:
-        side_y = _equal(y, boxes_y, accuracy)
+        side_y = _equal(y, ends[1], boxes_y, accuracy)
         my, place_y, held_y = _masses(side_y, b)
     system = _System(side_x, side_y, mx, my, problem)
     at = side_y.nodes.expand(len(x), -1)
@@ -359,14 +373,14 @@ GOOD = 1e-10
 """Error of a row that needs no more care."""
 
 
-def _equal(t: Tensor, boxes: int, accuracy: Accuracy) -> Nodes:
+def _equal(t: Tensor, ends: Ends, boxes: int, accuracy: Accuracy) -> Nodes:
     if boxes == 0:
         return Exact(t)
     single = accuracy is ACCURACY[torch.float32]
     if t.shape[-1] <= LONG:
-        return Boxes(t, boxes, accuracy.degree, single=single)
-    fine = Boxes(t, FINE, accuracy.fine_degree, single=single)
-    return Chained(fine, Boxes(fine.nodes, boxes, accuracy.degree, fine.live))
+        return Boxes(t, ends, boxes, accuracy.degree, single=single)
+    fine = Boxes(t, ends, FINE, accuracy.fine_degree, single=single)
+    return Chained(fine, Boxes(fine.nodes, ends, boxes, accuracy.degree, present=fine.live))
 
 
 def _masses(side: Nodes, mass: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -389,7 +403,7 @@ def _even_targets(
 ) -> tuple[Nodes, Tensor, Tensor, Tensor]:
     """Nodes and masses of even targets, which do not depend on the points."""
     y = (torch.arange(count, dtype=torch.float64, device=device) / max(1, count - 1))[None]
-    side = _equal(y, boxes, accuracy)
+    side = _equal(y, (y[:, :1], y[:, -1:]), boxes, accuracy)
     return Shared(side), *_masses(side, torch.full_like(y[:, :1], 1 / count).expand(1, count))
 
 

@@ -148,6 +148,7 @@ class Boxes(Nodes):
 
     Args:
         points: (rows, n), n >= 1.
+        ends: (rows, 1) each, what the boxes reach from and to.
         count: boxes a row.
         degree: nodes a box, at least 2.
         present: (rows, n) bool, True for the points that count; the others have no weight, and no value is asked there.
@@ -155,16 +156,18 @@ class Boxes(Nodes):
     """
 
     def __init__(
-        self, points: Tensor, count: int, degree: int, present: Tensor | None = None, single: bool = False
+        self,
+        points: Tensor,
+        ends: tuple[Tensor, Tensor],
+        count: int,
+        degree: int,
+        present: Tensor | None = None,
+        single: bool = False,
     ) -> None:
         self.points, self.count, self.degree = points, count, degree
         self.work = torch.float32 if single else torch.float64
         rows = points.shape[0]
-        if present is None:
-            low, high = (end.unsqueeze(-1) for end in points.aminmax(dim=-1))
-        else:
-            low = points.masked_fill(~present, math.inf).amin(-1, keepdim=True)
-            high = points.masked_fill(~present, -math.inf).amax(-1, keepdim=True)
+        low, high = ends
         self.low = low
         self.width = torch.where(high > low, (high - low) / count, 1.0)
         unit, self.to_coefficients = chebyshev(degree, points.device)

@@ -49,7 +49,8 @@ def order(
         power: the cost is |x - y|^power, power >= 1.
         dtype: float32 or float64, the accuracy that is wanted.
         even: every row has the same m even targets of equal mass on [0, 1], constants.
-        straight: c is affine in y, and a constant.
+        straight: c (*batch, 2) are the values of the first and the last of even targets, affine between them, and
+            constants.
 
     Returns:
         R (*batch, n) and S (*batch, m, d), in ``dtype`` or float64; (*batch, 0) and (*batch, m, 0) where not wanted.
@@ -74,7 +75,7 @@ class Setting(NamedTuple):
         power: the cost is |x - y|^power.
         single: whether float32 accuracy is enough.
         even: whether every row has the same even targets of equal mass on [0, 1], constants.
-        straight: whether c is affine in y, and a constant.
+        straight: whether c is given by its ends, affine in even y between them, and a constant.
     """
 
     power: float
@@ -155,9 +156,8 @@ def _target_moments(group: Solved, given: _Inputs, setting: Setting) -> Tensor:
     """Moments of b c at the targets' nodes, (rows, qy, 1)."""
     if not setting.straight:
         return group.y.spread((given.b * given.c).unsqueeze(-1))
-    first, last = given.y[:, :1], given.y[:, -1:]
-    rise = (given.c[:, -1:] - given.c[:, :1]) / torch.where(last > first, last - first, 1.0)
-    return (group.my * (given.c[:, :1] + rise * (group.y.nodes - first))).unsqueeze(-1)
+    first, last = given.c[:, :1], given.c[:, 1:]
+    return (group.my * torch.lerp(first, last, group.y.nodes)).unsqueeze(-1)
 
 
 def _pull_back(
@@ -231,7 +231,8 @@ def _pull_back_group(
     bent = k * group.slope
     slope_x = bent @ t - at_nodes * (bent @ my)
     first = 2 if c.shape[1] else 1
-    weights = [-a, *((ranks_grad,) if c.shape[1] else ()), *(a * column for column in v.unbind(-1))]
+    slope_x[..., 0].neg_()
+    weights = [a, *((ranks_grad,) if c.shape[1] else ()), *(a * column for column in v.unbind(-1))]
     x_grad = group.x.contract(slope_x, weights)
     a_grad = v_grad = None
     if masses:
@@ -319,6 +320,8 @@ def _dense(given: _Inputs, setting: Setting) -> tuple[Tensor, Tensor]:
         gamma = gamma - torch.linalg.lu_solve(*factor, balance.unsqueeze(-1)).squeeze(-1)
     over_y, over_x = log_sums(gamma)
     ranks = x.new_empty(rows, 0)
+    if setting.straight:
+        c = torch.lerp(c[:, :1], c[:, 1:], y)
     if c.shape[1]:
         density = (exponent + (gamma.unsqueeze(-2) - over_y.unsqueeze(-1))).exp()
         ranks = (density @ (b * c).unsqueeze(-1)).squeeze(-1)
@@ -498,11 +501,11 @@ class _OrderGradient(RowFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[:7], *inputs[9:11])
-        ctx.power = inputs[11]
+        ctx.power, ctx.straight = inputs[11], inputs[14]
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor) -> tuple[Tensor | None, ...]:
-        grads = apply(_SecondDerivative, *ctx.saved_tensors, *second, ctx.power)
+        grads = apply(_SecondDerivative, *ctx.saved_tensors, *second, ctx.power, ctx.straight)
         # ranks and values are functions of the inputs, which the second derivative goes through already
         return *grads[:7], None, None, *grads[7:], *(None,) * 7
 
@@ -512,12 +515,12 @@ class _SecondDerivative(RowFunction):
 
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, ...]:
-        """The seven inputs, the two cotangents, those of the seven gradients, power."""
-        tensors, power = args[:16], args[16]
+        """The seven inputs, the two cotangents, those of the seven gradients, power, straight."""
+        tensors, power, straight = args[:16], args[16], args[17]
         flat = [t.detach().double().requires_grad_() for t in _as_rows(*tensors[:9])]
         second = [t.double() for t in _as_rows(*tensors[9:])]
         with torch.enable_grad():
-            outputs = _dense(_Inputs(*flat[:7]), Setting(power, False, False, False))
+            outputs = _dense(_Inputs(*flat[:7]), Setting(power, False, False, straight))
             asked = [place for place, out in enumerate(outputs) if out.requires_grad]
             first = torch.autograd.grad(
                 [outputs[place] for place in asked],
