@@ -43,7 +43,7 @@ def reproduce(
         typer.Option(help="smoke: seconds; quick (default): a minute each; full: all seeds."),
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="How many seeds, instead of the preset's.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Where MNIST, Fashion-MNIST or CIFAR-10 lie.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where MNIST, Fashion-MNIST or CIFAR lie.")] = None,
     dataset: Annotated[DatasetName | None, typer.Option(help="What to train on; default: digits.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:1, ...")] = None,
     out: Annotated[Path, typer.Option(help="Directory of the report, and of an unfinished run.")] = _OUT,

@@ -86,6 +86,8 @@ PAPER = {
     "cifar10": {**{name: Choice(1e-3, None) for name in TRAINED}, "soft": Choice(1e-3, 3e-3)},
 }
 PAPER["fashion-mnist"] = PAPER["mnist"]
+PAPER["cifar100"] = PAPER["cifar10"]
+ALIKE = {"fashion-mnist": "mnist", "cifar100": "cifar10"}
 
 
 @dataclass(frozen=True)
@@ -113,8 +115,8 @@ PLANS = {
 
 
 def plan_for(dataset: str, preset: str) -> Plan:
-    """The plan of ``preset`` on ``dataset``; Fashion-MNIST is treated as MNIST."""
-    return PLANS["mnist" if dataset == "fashion-mnist" else dataset, preset]
+    """The plan of ``preset`` on ``dataset``; Fashion-MNIST is treated as MNIST, CIFAR-100 as CIFAR-10."""
+    return PLANS[ALIKE.get(dataset, dataset), preset]
 
 
 def choices_for(dataset: str) -> dict[str, Choice]:

@@ -131,7 +131,7 @@ def solve(
         targets.y,
         targets.b,
         c,
-        None if values is None else values.double(),
+        values,
         epsilon,
         power,
         rows.x.dtype,

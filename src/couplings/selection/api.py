@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from couplings import _checks
-from couplings._rowwise import seen
+from couplings._rowwise import apply, seen
 from couplings.selection import entropic, families, neuralsort, successive
 from couplings.selection.rows import Real, Rows, prepare
+from couplings.selection.values import WeightedValues
 from couplings.transport.threshold import hard_cut
 
 DEFAULT_EPSILON = {
@@ -212,7 +213,7 @@ def soft_topk(
         )
         hard_values = hard_values.topk(k, dim=-1).values.unsqueeze(-1)
         hard_values = hard_values.masked_fill(hard_values.isinf(), 0)
-        values = (weights * (rows.x.unsqueeze(-2) - hard_values)).sum(-1) + hard_values.squeeze(-1)
+        values = apply(WeightedValues, weights, rows.x, hard_values) + hard_values.squeeze(-1)
         if rows.unit is not None:
             values = values * rows.unit
         if not largest:

@@ -44,7 +44,7 @@ def order(
         y: (*batch, m) rising targets, float64.
         b: (*batch, m) their masses, >= 0, of sum 1.
         c: (*batch, m) values of the targets, or None if no ranks are wanted.
-        v: (*batch, n, d) values of the points, or None if no sorted values are wanted.
+        v: (*batch, n, d) values of the points, of any dtype, or None if no sorted values are wanted.
         epsilon: (*batch, 1), positive.
         power: the cost is |x - y|^power, power >= 1.
         dtype: float32 or float64, the accuracy that is wanted.
@@ -53,7 +53,7 @@ def order(
             constants.
 
     Returns:
-        R (*batch, n) and S (*batch, m, d), in ``dtype`` or float64; (*batch, 0) and (*batch, m, 0) where not wanted.
+        R (*batch, n) and S (*batch, m, d) in ``dtype``; (*batch, 0) and (*batch, m, 0) where not wanted.
     """
     if c is None:
         c = y.new_empty((*y.shape[:-1], 0))
@@ -85,7 +85,7 @@ class Setting(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """The arguments of ``order`` as rows of float64; v as (rows, n * d)."""
+    """The arguments of ``order`` as rows; v as (rows, n * d)."""
 
     x: Tensor
     a: Tensor
@@ -136,7 +136,7 @@ def _forward(inputs: Sequence[Tensor], setting: Setting, memory: _Memory) -> tup
     memory.keep(groups, rows)
     work = torch.float32 if setting.single else torch.float64
     ranks = given.x.new_empty(rows, n if given.c.shape[-1] else 0, dtype=work)
-    values = given.x.new_empty(rows, m, d)
+    values = given.x.new_empty(rows, m, d, dtype=work)
     for group in groups:
         whole = len(group.rows) == rows
         some = given if whole else given.rows(group.rows)
@@ -147,9 +147,21 @@ def _forward(inputs: Sequence[Tensor], setting: Setting, memory: _Memory) -> tup
             else:
                 ranks[group.rows] = found.to(work)
         if d:
-            moment = group.x.spread(some.a.unsqueeze(-1) * some.v.reshape(-1, n, d))
-            values[group.rows] = group.y.interpolate(group.kernel.mT @ moment).double()
+            found = group.y.interpolate(group.kernel.mT @ _point_moments(group, some))
+            if whole:
+                values = found.to(work)
+            else:
+                values[group.rows] = found.to(work)
     return ranks.reshape(*batch, ranks.shape[-1]), values.reshape(*batch, m * d)
+
+
+def _point_moments(group: Solved, given: _Inputs) -> Tensor:
+    """Moments of a v at the points' nodes, (rows, qx, d)."""
+    rows, n = given.x.shape
+    v = given.v.reshape(rows, n, given.v.shape[1] // n)
+    if given.a.stride(-1) == 0:  # all weigh the same
+        return group.x.spread(v) * given.a[:, :1, None]
+    return group.x.spread(given.a.unsqueeze(-1) * v)
 
 
 def _target_moments(group: Solved, given: _Inputs, setting: Setting) -> Tensor:
@@ -220,7 +232,7 @@ def _pull_back_group(
     if d:
         sigma = group.y.spread(values_grad)
         both = group.y.spread((values_grad * values).sum(-1, keepdim=True))
-        mv = group.x.spread(a.unsqueeze(-1) * v)
+        mv = _point_moments(group, given)
         pull = pull + mx * (k @ both) - (mv * (k @ sigma)).sum(-1, keepdim=True)
     e = e + my * (kt @ pull)
     price = my * _laplacian_solve(my * (kt @ (mx * k)) * my.mT, e)
@@ -417,7 +429,7 @@ def _(inputs: list[Tensor], power: float, single: bool, even: bool, straight: bo
     batch, n, m = x.shape[:-1], x.shape[-1], y.shape[-1]
     return (
         x.new_empty((*batch, n if c.shape[-1] else 0), dtype=torch.float32 if single else torch.float64),
-        x.new_empty((*batch, m * (v.shape[-1] // n)), dtype=torch.float64),
+        x.new_empty((*batch, m * (v.shape[-1] // n)), dtype=torch.float32 if single else torch.float64),
     )
 
 

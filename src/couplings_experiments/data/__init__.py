@@ -1,4 +1,4 @@
-"""Image classification sets: scikit-learn's digits by default, MNIST, Fashion-MNIST and CIFAR-10 from a folder."""
+"""Image classification sets: scikit-learn's digits by default, MNIST, Fashion-MNIST and CIFAR from a folder."""
 
 from couplings_experiments.data.sets import DATASETS, Dataset, Split, load
 

@@ -1,4 +1,4 @@
-"""CIFAR-10's python pickles, read without giving a pickle the power to run anything.
+"""The python pickles of CIFAR-10 and CIFAR-100, read without giving a pickle the power to run anything.
 
 A pickle is a program. The unpickler here resolves exactly the names that an array of bytes needs, and resolves them
 to small classes of this file that check what they are given; numpy's own reconstruction never sees the data.
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from couplings_experiments.errors import UserError
 
-_LIMIT = 1 << 26  # bytes a batch file may have; CIFAR-10's have 31 million
+_LIMIT = 4000  # bytes a file may have for each image it ought to hold; CIFAR's have 3100
 
 
 class _Bytes:
@@ -77,14 +77,22 @@ class _Unpickler(pickle.Unpickler):
             ) from None
 
 
-def read_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Images (n, 3, 32, 32) and labels (n,) of one batch file.
+def read_batch(
+    path: Path, labels: str = "labels", classes: int = 10, most: int = 10_000
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Images (n, 3, 32, 32) and labels (n,) of one file.
+
+    Args:
+        path: the file.
+        labels: the labels' name in it: "labels" in CIFAR-10, "fine_labels" in CIFAR-100.
+        classes: how many labels there are.
+        most: how many images the file may have.
 
     Raises:
         UserError: a pickle that asks for anything but an array of bytes, a truncated file, or another layout.
     """
-    if path.stat().st_size > _LIMIT:
-        raise UserError(f"{path} is larger than any CIFAR-10 batch. Fetch it again.")
+    if path.stat().st_size > _LIMIT * most:
+        raise UserError(f"{path} is larger than any file of CIFAR-{classes}. Fetch it again.")
     try:
         content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     # A damaged pickle may end in any of these: the format has no checksum.
@@ -104,20 +112,21 @@ def read_batch(path: Path) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]
         raise UserError(
             f"{path} was refused: {str(error) or type(error).__name__}. Fetch it again."
         ) from None
-    images, labels = (
-        (content.get(key, content.get(key.decode())) if isinstance(content, dict) else None)
-        for key in (b"data", b"labels")
+    images, found = (
+        (content.get(key.encode(), content.get(key)) if isinstance(content, dict) else None)
+        for key in ("data", labels)
     )
     if (
         not isinstance(images, _Bytes)
         or not hasattr(images, "array")
         or images.array.ndim != 2
         or images.array.shape[1] != 3072
-        or not isinstance(labels, list)
-        or len(labels) != len(images.array)
-        or not all(type(label) is int and 0 <= label < 10 for label in labels)
+        or not isinstance(found, list)
+        or len(found) != len(images.array)
+        or not all(type(label) is int and 0 <= label < classes for label in found)
     ):
         raise UserError(
-            f"{path} is not a CIFAR-10 batch: expected data (n, 3072) and n labels 0..9. Fetch it again."
+            f"{path} is not a file of CIFAR-{classes}: expected data (n, 3072) and n {labels} 0..{classes - 1}. "
+            "Fetch it again."
         )
-    return images.array.reshape(-1, 3, 32, 32), np.asarray(labels, dtype=np.int64)
+    return images.array.reshape(-1, 3, 32, 32), np.asarray(found, dtype=np.int64)

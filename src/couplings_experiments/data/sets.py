@@ -184,6 +184,22 @@ def _cifar(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
     return train, read[5]
 
 
+def _cifar100(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
+    folder = _needed(name, data_dir)
+    places = [folder, folder / "cifar-100-python"]
+    place = next((place for place in places if (place / "train").is_file()), None)
+    if place is None:
+        looked = " nor ".join(str(place) for place in places)
+        raise UserError(f"{name}: train is neither in {looked}. Unpack the python version there.")
+    if not (place / "test").is_file():
+        raise UserError(f"{name}: test not found in {place}. Unpack the python version again.")
+    train, test = (
+        read_batch(place / file, "fine_labels", 100, most)
+        for file, most in (("train", 50_000), ("test", 10_000))
+    )
+    return train, test
+
+
 def _needed(name: str, data_dir: Path | None) -> Path:
     if data_dir is None:
         raise UserError(
@@ -200,4 +216,5 @@ DATASETS: dict[str, tuple[Callable[[str, Path | None], tuple[_Raw, _Raw]], float
     "mnist": (_mnist, 255.0, 1 / 6),
     "fashion-mnist": (_mnist, 255.0, 1 / 6),
     "cifar10": (_cifar, 255.0, 1 / 10),
+    "cifar100": (_cifar100, 255.0, 1 / 10),
 }
