@@ -61,6 +61,33 @@ def ott_mask(
     return run
 
 
+def ott_ranks(u: Tensor, epsilon: float, *, threshold: float) -> Callable[[], Any]:
+    """OTT-JAX's soft ranks (from 1) of scores that are squashed already, jitted."""
+    library("ott", "ott-jax")
+    jax, soft_sort = library("jax", "jax"), library("ott.tools.soft_sort", "ott-jax")
+
+    def found(z: Any) -> Any:
+        ranks = soft_sort.ranks(
+            z,
+            axis=-1,
+            epsilon=epsilon,
+            squashing_fun=lambda t: t,
+            threshold=threshold,
+            max_iterations=100_000,
+        )
+        return ranks + 1
+
+    with precision(jax, u.dtype):
+        scores = jax.numpy.asarray(u.numpy())
+        compiled = jax.jit(found).lower(scores).compile()
+
+    def run() -> Any:
+        with precision(jax, u.dtype):
+            return jax.block_until_ready(compiled(scores))
+
+    return run
+
+
 def ott_dense(
     cost: Tensor, a: Tensor, b: Tensor, epsilon: float, *, sweeps: int, tolerance: float
 ) -> Callable[[], Any]:
