@@ -71,7 +71,8 @@ def even_targets(rows: Rows, count: int | None) -> Targets:
 
 @lru_cache(maxsize=8)
 def _grid(count: int, device: torch.device) -> Tensor:
-    return torch.arange(count, dtype=torch.float64, device=device) / max(1, count - 1)
+    with torch.inference_mode(False):  # kept for calls that record gradients, whoever asked first
+        return torch.arange(count, dtype=torch.float64, device=device) / max(1, count - 1)
 
 
 def squashed(rows: Rows, squash: str | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from couplings import _checks
+from couplings._autocast import full_precision
 from couplings._rowwise import apply, seen
 from couplings.selection import entropic, families, neuralsort, successive
 from couplings.selection.rows import Real, Rows, prepare
@@ -110,7 +110,7 @@ def soft_topk_mask(
             )
     if method == "sparse" and not 1 < p <= 2:
         _checks.reject("p", "a norm in (1, 2]", p, "Use 4/3 (smooth) or 2 (piecewise linear).")
-    with _full_precision(x):
+    with full_precision(x):
         if mask is not None:
             mask = mask.expand(x.shape)
         rows = prepare(x, dim, largest, weights, mask, standardize)
@@ -195,7 +195,7 @@ def soft_topk(
         )
     if not 1 <= k <= x.shape[dim]:
         _checks.reject("k", f"an int in [1, {x.shape[dim]}], the size of dim {dim}", k, "Lower k.")
-    with _full_precision(x):
+    with full_precision(x):
         if mask is not None:
             mask = mask.expand(x.shape)
         rows = prepare(x, dim, largest, None, mask, standardize)
@@ -270,14 +270,6 @@ def _hard_indicators(rows: Rows, k: int) -> Tensor:
         return plan
     live = torch.arange(k, device=x.device).unsqueeze(-1) < rows.valid_count.unsqueeze(-1)
     return plan * live
-
-
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Solve in the dtype that was asked for, whatever autocast would make of a matrix product."""
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        return torch.autocast(kind, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _check_common(
