@@ -51,8 +51,8 @@ def soft_sort(
         epsilon: regularisation >= 0; a float, or a tensor that broadcasts to x's shape without ``dim``.
             ``transport``: in units of squared target distance, targets on [0, 1]. The other methods:
             in standard deviations of the row. 0 is the exact answer. None means 0.01 (``transport``), 0.1
-            (``softsort``, ``sigmoid``, ``gaussian``, ``network``, ranks by ``projection``), 1 (``neuralsort``) or 10
-            (sorted values by ``projection``).
+            (``softsort``, ``sigmoid``, ``gaussian``, ``network``, ranks by ``projection``; its ``"kl"``: 1),
+            1 (``neuralsort``) or 10 (sorted values by ``projection``).
         method: ``"transport"``; ``"projection"`` (Blondel et al. 2020); ``"neuralsort"`` (Grover et al. 2019);
             ``"softsort"`` (Prillo and Eisenschlos 2020); ``"network"`` (Petersen et al. 2021, 2022); and, for ranks
             only, ``"sigmoid"`` (Qin et al. 2008) and ``"gaussian"`` (SoftRank, Taylor et al. 2008).
@@ -571,7 +571,7 @@ class _Call:
                 "Drop the empty rows.",
             )
         _checks.choice("method", method, NAMES)
-        self.method, self.hard, self.p = method, hard, p
+        self.method, self.variant, self.hard, self.p = method, variant, hard, p
         self.options = self._options(variant, generator, descending)
         self.batch = (*x.shape[: self.dim], *x.shape[self.dim + 1 :])
         self.default_epsilon = epsilon is None
@@ -771,7 +771,8 @@ class _Call:
                 "Pick one of these.",
             )
         if self.default_epsilon:
-            self.epsilon = METHODS[self.method].epsilon[name]
+            defaults = METHODS[self.method].epsilon
+            self.epsilon = defaults.get(f"{name} {self.variant}", defaults[name])
         operator = with_options(operator, self.options)
         out = self._choose(lambda: operator(self.rows, self.epsilon), exact)
         return out.to(self.rows.x.dtype)

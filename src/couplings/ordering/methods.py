@@ -17,7 +17,7 @@ class Method(NamedTuple):
     """One relaxation of sorting.
 
     Attributes:
-        epsilon: the default of each operator.
+        epsilon: the default of each operator, or of an operator and a variant.
         variants: names and the options they stand for; the first one is the default.
         ranks, sorted_values, permutation: its operators on ``Rows``, None where it defines none.
     """
@@ -43,6 +43,7 @@ METHODS = {
     "projection": Method(
         {
             "ranks": projection.DEFAULT_EPSILON["soft_rank"],
+            "ranks kl": projection.DEFAULT_EPSILON["soft_rank kl"],
             "sorted_values": projection.DEFAULT_EPSILON["soft_sort"],
         },
         {"l2": {"regularization": "l2"}, "kl": {"regularization": "kl"}},
