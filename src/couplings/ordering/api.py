@@ -16,7 +16,6 @@ from couplings.ordering import entropic
 from couplings.ordering.entropic import Targets
 from couplings.ordering.methods import METHODS, NAMES, RANDOM, with_options
 from couplings.ordering.rows import Real, Rows, prepare
-from couplings.transport.ordered import LARGEST_DENSE
 from couplings.transport.ordered import OrderCertificate as OrderCertificate
 
 
@@ -212,7 +211,7 @@ def soft_permutation(
         if mask is not None:
             unit = unit * call.rows.mask.unsqueeze(-1)  # type: ignore[union-attr]
         if method == "transport":
-            out = call.values(call.targets(num_targets, targets, target_weights), unit)
+            out = call.values(call.targets(num_targets, targets, target_weights), unit, centre=False)
         else:
             call.refuse(num_targets=num_targets, targets=targets, target_weights=target_weights)
             out = call.relaxed("permutation", lambda: call.exact_values(unit))
@@ -469,8 +468,7 @@ def soft_quantize(
         _checks.reject("levels", "an int", "None", "Pass a positive int.", TypeError)
     with full_precision(x):
         place = call.targets(levels, None, None, "levels")
-        values = call.values(place, call.rows.x.unsqueeze(-1)).squeeze(-1)
-        return call.finish(call.averages(place, lambda: values))
+        return call.finish(call.quantized(place))
 
 
 def order_certificate(
@@ -685,15 +683,7 @@ class _Call:
                 b = _valid(b, (b > 0) & (b < math.inf), "target_weights", "positive finite values")
                 b = b / b.sum(-1, keepdim=True)
             place = Targets(even.y if y is None else y, even.b if b is None else b, None, False)
-        self._check_size(place)
         return place
-
-    def _check_size(self, place: Targets) -> None:
-        pairs = self.rows.x.numel() * place.y.shape[-1]
-        if self.p != 2 and self.epsilon != 0 and pairs > LARGEST_DENSE:
-            _checks.reject(
-                "p", f"2 for more than {LARGEST_DENSE} pairs of entry and target", self.p, "Use p=2."
-            )
 
     # the answers: soft, exact at epsilon = 0, or exact with the soft gradient
 
@@ -738,14 +728,38 @@ class _Call:
         )
         return self._clear(out.to(rows.x.dtype))
 
-    def values(self, place: Targets, of_entries: Tensor) -> Tensor:
-        """E[of_entries_I | target], (*batch, m, d); 0 at targets that a row lacks."""
-        rows = self.rows
-        out = self._choose(
-            lambda: entropic.solve(rows, self.epsilon, place, self.squash, self.p, None, of_entries)[1],
-            lambda: entropic.exact_values(rows, place, of_entries),
-        )
-        return place.clear(out.to(rows.x.dtype))
+    def values(self, place: Targets, of_entries: Tensor, centre: bool = True) -> Tensor:
+        """E[of_entries_I | target], (*batch, m, d); 0 at targets that a row lacks. ``centre``: digits far from 0."""
+
+        def soft() -> Tensor:
+            if not centre:
+                return self._soft_values(place, of_entries)
+            total = of_entries.detach().sum(-2, keepdim=True)  # what is masked is 0
+            middle = total / self.rows.count.unsqueeze(-1).clamp_min(1)
+            away = of_entries - middle
+            if self.rows.mask is not None:
+                away = away.masked_fill(~self.rows.mask.unsqueeze(-1), 0)
+            return self._soft_values(place, away) + middle
+
+        out = self._choose(soft, lambda: entropic.exact_values(self.rows, place, of_entries))
+        return place.clear(out.to(self.rows.x.dtype))
+
+    def _soft_values(self, place: Targets, of_entries: Tensor) -> Tensor:
+        return entropic.solve(self.rows, self.epsilon, place, self.squash, self.p, None, of_entries)[1]
+
+    def quantized(self, place: Targets) -> Tensor:
+        """E[S_J | entry], S the soft sorted values, (*batch, n); 0 where masked."""
+        rows, x = self.rows, self.rows.x.unsqueeze(-1)
+
+        def soft() -> Tensor:
+            levels = self._soft_values(place, x).squeeze(-1)
+            return entropic.solve(rows, self.epsilon, place, self.squash, self.p, levels, None)[0]
+
+        def exact() -> Tensor:
+            levels = entropic.exact_values(rows, place, x).squeeze(-1)
+            return entropic.exact_ranks(rows, place, levels)
+
+        return self._clear(self._choose(soft, exact).to(rows.x.dtype))
 
     def quantile(self, level: Tensor) -> Tensor:
         """One quantile of every row, (*batch,)."""

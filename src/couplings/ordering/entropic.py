@@ -126,10 +126,11 @@ def solve(
     batch = rows.x.shape[:-1]
     epsilon = epsilon.double().expand(*batch, 1)
     c = None if target_values is None else target_values.double().expand(*batch, -1)
+    x, y, epsilon = _on_unit_interval(squashed(rows, squash), targets, epsilon, squash, power)
     return order(
-        squashed(rows, squash),
+        x,
         masses(rows),
-        targets.y,
+        y,
         targets.b,
         c,
         values,
@@ -141,6 +142,29 @@ def solve(
     )
 
 
+def _on_unit_interval(
+    x: Tensor, targets: Targets, epsilon: Tensor, squash: str | None, power: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same problem with points and targets on [0, 1], for the squared cost: only x y / epsilon matters in it."""
+    y = targets.y
+    if power != 2 or (squash is not None and targets.even):
+        return x, y, epsilon
+
+    def stretched(t: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = t.detach().aminmax(dim=-1, keepdim=True)
+        width = high - low
+        width = torch.where((width > 0) & (width < math.inf), width, 1.0)
+        return (t - low) / width, width
+
+    if squash is None:
+        x, width = stretched(x)
+        epsilon = epsilon / width
+    if not targets.even:
+        y, width = stretched(y)
+        epsilon = epsilon / width
+    return x, y, epsilon
+
+
 def certificate(
     rows: Rows, epsilon: Real, targets: Targets, squash: str | None, power: float, samples: int
 ) -> OrderCertificate:
@@ -148,8 +172,8 @@ def certificate(
     if not isinstance(epsilon, Tensor):
         epsilon = torch.tensor(epsilon, dtype=torch.float64, device=rows.x.device)
     epsilon = epsilon.double().expand(*rows.x.shape[:-1], 1)
-    x, a = squashed(rows, squash), masses(rows)
-    return certify(x, a, targets.y, targets.b, epsilon, power, rows.x.dtype, targets.even, samples)
+    x, y, epsilon = _on_unit_interval(squashed(rows, squash), targets, epsilon, squash, power)
+    return certify(x, masses(rows), y, targets.b, epsilon, power, rows.x.dtype, targets.even, samples)
 
 
 # epsilon = 0: the unregularised plan, a staircase over the cumulative masses

@@ -10,7 +10,7 @@ With gamma = g / epsilon at the targets' nodes Y and D_qr = -|X_q - Y_r|^p / eps
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -32,6 +32,9 @@ FINE = 2048
 LONG = 2**15
 """Rows with more points go through fine boxes."""
 
+ROUNDING = 1e-15
+"""Relative error of a logit."""
+
 TOLERANCE = 1e-12
 """Weighted mean of |gamma + M| that needs no further step."""
 
@@ -45,20 +48,30 @@ class Accuracy:
         width: of a box, in units of sqrt(epsilon).
         tail: what may be left of a density, times its box's mass.
         fine_degree: nodes a fine box.
-        last_change: a Newton step of that size is the last one: what is left is of the order of its square.
+        left: what Newton may leave of gamma: a step d after a step c leaves about d^3 / c^2.
     """
 
     degree: int
     width: float
     tail: float
     fine_degree: int
-    last_change: float
+    left: float
+
+    @property
+    def work(self) -> torch.dtype:
+        """Of the Newton matrix and of values at the points."""
+        return torch.float32 if self.left > 1e-10 else torch.float64
 
 
 ACCURACY = {
-    torch.float32: Accuracy(degree=16, width=2.0, tail=1e-5, fine_degree=4, last_change=1e-3),
-    torch.float64: Accuracy(degree=24, width=2.0, tail=1e-9, fine_degree=8, last_change=1e-6),
+    torch.float32: Accuracy(degree=16, width=2.0, tail=1e-5, fine_degree=4, left=1e-7),
+    torch.float64: Accuracy(degree=24, width=2.0, tail=1e-9, fine_degree=8, left=1e-14),
 }
+FOR_VALUES = {
+    torch.float32: Accuracy(degree=20, width=2.0, tail=5e-7, fine_degree=4, left=1e-7),
+    torch.float64: ACCURACY[torch.float64],
+}
+"""Sorted values feel what a box of little mass leaves unresolved; ranks do not."""
 
 
 class Problem(NamedTuple):
@@ -161,6 +174,10 @@ class _System:
         )
         size = self.my.abs()
         self.share = size / size.sum(-1, keepdim=True)
+        # logits of pairs that matter are rounded to this
+        far = (x.points.mean(-1) - y.points.mean(-1)).abs() + 0.3
+        self.tolerance = (ROUNDING * far**power / problem.epsilon.squeeze(-1)).clamp_min(TOLERANCE)
+        self.good = 100 * self.tolerance  # needs no more care
 
     def evaluate(self, gamma: Tensor) -> _Values:
         """L, gamma + M without its mean, its size, and the row-normalised kernels."""
@@ -220,19 +237,22 @@ def newton(system: _System, gamma: Tensor, accuracy: Accuracy) -> _Found:
 
     In float32 the matrix is a float32 one: that takes half the time, and the steps converge as well.
     """
-    work = torch.float32 if accuracy is ACCURACY[torch.float32] else torch.float64
+    work = accuracy.work
     steps = torch.zeros(gamma.shape[0], dtype=torch.int64, device=gamma.device)
     values = system.evaluate(gamma)
     live = values.error < math.inf
+    before: float | Tensor = 1.0
     for _ in range(STEPS):
-        live &= values.error > TOLERANCE
+        live &= values.error > system.tolerance
         if not bool(live.any()):
             break
         matrix, wanted = system.jacobian(values, work), values.balance.to(work).unsqueeze(-1)
         change = torch.linalg.solve_ex(matrix, wanted)[0].squeeze(-1).clamp_(-20, 20)
         gamma = torch.where(live.unsqueeze(-1), gamma - change, gamma)
         steps += live
-        live &= change.abs().amax(-1) > accuracy.last_change
+        size = change.abs().amax(-1)
+        live &= (size**3 > accuracy.left * before**2) | (size > 0.1 * before)
+        before = size
         values = system.evaluate(gamma)
     return _Found(gamma, values.log_norm, values.error, steps)
 
@@ -244,7 +264,8 @@ def careful_newton(system: _System, gamma: Tensor) -> _Found:
     """
     values = system.evaluate(gamma)
     error, damping, steps = values.error.item(), 0.0, 0
-    while steps < 3 * STEPS and error > TOLERANCE:
+    tolerance = system.tolerance.item()
+    while steps < 3 * STEPS and error > tolerance:
         steps += 1
         matrix, wanted = system.jacobian(values, torch.float64), values.balance.unsqueeze(-1)
         best: tuple[float, Tensor, _Values, float] | None = None
@@ -261,9 +282,9 @@ def careful_newton(system: _System, gamma: Tensor) -> _Found:
                 after = there.error.item()
                 if best is None or after < best[0]:
                     best = after, trial, there, term
-                if after < error * (1 - 0.6 * length) or after < TOLERANCE:
+                if after < error * (1 - 0.6 * length) or after < tolerance:
                     break
-            if best is not None and (best[0] < 0.75 * error or best[0] < TOLERANCE):
+            if best is not None and (best[0] < 0.75 * error or best[0] < tolerance):
                 break
         if best is None or not best[0] < error:
             break  # rounding
@@ -284,26 +305,38 @@ class _Found(NamedTuple):
 _DAMPING = ((1e2, 1e-10), (1e4, 1e-6), (1e6, 1e-3))
 
 
-def solve(problem: Problem, dtype: torch.dtype) -> list[Solved]:
-    """Solutions to the accuracy that ``dtype`` is worth.
+def solve(problem: Problem, accuracy: Accuracy) -> Iterator[Solved]:
+    """Solutions, a few rows at a time.
 
     Each holds rows that share a layout of nodes; a later one replaces the same row in an earlier one.
     """
-    accuracy = ACCURACY[dtype]
-    sides = (problem.x, problem.y)
     even = torch.zeros_like(problem.epsilon), torch.ones_like(problem.epsilon)
     ends = [_ends(problem.x), even if problem.even else _ends(problem.y)]
+    sides = (problem.x, problem.y)
     counts = [_boxes_wanted(t, end, problem, accuracy) for t, end in zip(sides, ends, strict=True)]
     layouts, layout_of = torch.unique(torch.stack(counts, -1), dim=0, return_inverse=True)
-    if len(layouts) == 1:
-        return _solve_alike(torch.arange(len(layout_of)), problem, ends, accuracy, *layouts[0].tolist())
-    out: list[Solved] = []
     for number, layout in enumerate(layouts.tolist()):
-        rows = (layout_of == number).nonzero()[:, 0]
-        part = [(low[rows], high[rows]) for low, high in ends]
-        out += _solve_alike(rows, problem.rows(rows), part, accuracy, *layout)
-    return out
+        nodes = [boxes * accuracy.degree or t.shape[-1] for boxes, t in zip(layout, sides, strict=True)]
+        if nodes[0] * nodes[1] > LARGEST:
+            raise RuntimeError(
+                f"epsilon: expected one that {LARGEST} pairs of nodes are enough for, got one that takes {nodes[0]} "
+                f"nodes for {sides[0].shape[-1]} entries and {nodes[1]} for {sides[1].shape[-1]} targets. Raise "
+                "epsilon, pass num_targets, or standardise the scores."
+            )
+        height = max(1, PAIRS // (nodes[0] * nodes[1]))
+        if len(layouts) == 1 and len(layout_of) <= height:
+            yield from _solve_alike(torch.arange(len(layout_of)), problem, ends, accuracy, *layout)
+            continue
+        for rows in (layout_of == number).nonzero()[:, 0].split(height):
+            part = [(low[rows], high[rows]) for low, high in ends]
+            yield from _solve_alike(rows, problem.rows(rows), part, accuracy, *layout)
 
+
+PAIRS = 2**22
+"""Pairs of nodes that are worked on at a time."""
+
+LARGEST = 2**27
+"""Pairs of nodes of one row beyond which it is refused: each array of them takes 1 GiB."""
 
 Ends = tuple[Tensor, Tensor]
 """The least and the largest point of each row, (rows, 1) each."""
@@ -327,7 +360,7 @@ def _boxes_wanted(t: Tensor, ends: Ends, problem: Problem, accuracy: Accuracy) -
 
 def _solve_alike(
     rows: Tensor, problem: Problem, ends: Sequence[Ends], accuracy: Accuracy, boxes_x: int, boxes_y: int
-) -> list[Solved]:
+) -> Iterator[Solved]:
     """All rows between equal boxes; then the rows that this does not resolve, one by one, on top."""
     x, a, y, b, epsilon, power, _ = problem
     side_x = _equal(x, ends[0], boxes_x, accuracy)
@@ -342,13 +375,12 @@ def _solve_alike(
     at = side_y.nodes.expand(len(x), -1)
     gamma = start(place_x, held_x, place_y, held_y, at, power) / epsilon
     solved = _finish(rows, side_x, side_y, system, newton(system, gamma, accuracy))
-    out = [solved]
-    lost = ~((solved.error < GOOD) & (solved.unresolved < accuracy.tail))
+    yield solved
+    lost = ~((solved.error < system.good) & (solved.unresolved < accuracy.tail))
     for row in lost.nonzero()[:, 0].tolist():
         alone = problem.rows(slice(row, row + 1))
         if all(bool(t.isfinite().all()) for t in alone[:5]):
-            out.append(_refined(alone, accuracy, boxes_x, boxes_y, solved, row))
-    return out
+            yield _refined(alone, accuracy, boxes_x, boxes_y, solved, row)
 
 
 def solve_exactly(problem: Problem) -> Solved:
@@ -357,7 +389,7 @@ def solve_exactly(problem: Problem) -> Solved:
     rows, side_x, side_y = torch.arange(x.shape[0]), Exact(x), Exact(y)
     system = _System(side_x, side_y, a, b, problem)
     found = newton(system, start(x, a, y, b, y, power) / epsilon, ACCURACY[torch.float64])
-    for row in (~(found.error < GOOD)).nonzero()[:, 0].tolist():
+    for row in (~(found.error < system.good)).nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
         alone = _System(Exact(x[one]), Exact(y[one]), a[one], b[one], problem.rows(one))
         for whole, part in zip(
@@ -369,14 +401,10 @@ def solve_exactly(problem: Problem) -> Solved:
     return _finish(rows, side_x, side_y, system, found)
 
 
-GOOD = 1e-10
-"""Error of a row that needs no more care."""
-
-
 def _equal(t: Tensor, ends: Ends, boxes: int, accuracy: Accuracy) -> Nodes:
     if boxes == 0:
         return Exact(t)
-    single = accuracy is ACCURACY[torch.float32]
+    single = accuracy.work == torch.float32
     if t.shape[-1] <= LONG:
         return Boxes(t, ends, boxes, accuracy.degree, single=single)
     fine = Boxes(t, ends, FINE, accuracy.fine_degree, single=single)
@@ -436,7 +464,7 @@ def _refined(
     x, a, y, b, epsilon, power, _ = problem
     one = slice(row, row + 1)
     side_x, side_y = (_cells(t, boxes, accuracy.degree) for t, boxes in ((x, boxes_x), (y, boxes_y)))
-    if equal.error[row] < GOOD:
+    if equal.error[row] < 1e-3:
         gamma = _extended(equal.x.nodes[one], equal.mx[one], equal.log_norm[one], side_y, problem)
     else:
         gamma = start(x, a, y, b, side_y.nodes, power) / epsilon

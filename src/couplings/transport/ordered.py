@@ -9,7 +9,7 @@ Between nodes (moments.py) the plan is a density K; every function of a point th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,9 +18,6 @@ from torch import Tensor
 from couplings._rowwise import RowFunction, apply
 from couplings.transport import moments
 from couplings.transport.moments import Problem, Solved
-
-LARGEST_DENSE = 2**28
-"""Entries of the plan beyond which second derivatives, which need it whole, are refused."""
 
 
 def order(
@@ -105,10 +102,13 @@ class _Inputs(NamedTuple):
     def problem(self, setting: Setting) -> Problem:
         return Problem(self.x, self.a, self.y, self.b, self.epsilon, setting.power, setting.even)
 
-    def solve(self, setting: Setting) -> list[Solved]:
+    def solve(self, setting: Setting) -> Iterator[Solved]:
         if not len(self.x):
-            return []
-        return moments.solve(self.problem(setting), torch.float32 if setting.single else torch.float64)
+            return iter(())
+        accuracies = moments.FOR_VALUES if self.v.shape[-1] else moments.ACCURACY
+        return moments.solve(
+            self.problem(setting), accuracies[torch.float32 if setting.single else torch.float64]
+        )
 
 
 def _as_rows(*tensors: Tensor) -> list[Tensor]:
@@ -117,14 +117,24 @@ def _as_rows(*tensors: Tensor) -> list[Tensor]:
 
 
 class _Memory:
-    """The forward's solution, kept for its backward: it saves time and changes nothing."""
+    """The forward's solution, kept for its backward if it is small: it saves time and changes nothing."""
 
     def __init__(self) -> None:
-        self.solved: list[Solved] = []
+        self.solved: list[Solved] | None = []
         self.rows = -1
 
-    def keep(self, solved: list[Solved], rows: int) -> None:
-        self.solved, self.rows = solved, rows
+    def passing(self, groups: Iterator[Solved], rows: int) -> Iterator[Solved]:
+        """The groups, noted as they pass."""
+        self.rows, pairs = rows, 0
+        for group in groups:
+            pairs += group.kernel.numel()
+            if self.solved is not None:
+                self.solved = [*self.solved, group] if pairs <= 2 * moments.PAIRS else None
+            yield group
+
+    def recall(self, rows: int) -> list[Solved] | None:
+        """What was kept, if it is of so many rows."""
+        return self.solved if self.rows == rows else None
 
 
 def _forward(inputs: Sequence[Tensor], setting: Setting, memory: _Memory) -> tuple[Tensor, Tensor]:
@@ -132,12 +142,10 @@ def _forward(inputs: Sequence[Tensor], setting: Setting, memory: _Memory) -> tup
     given = _Inputs.of(*inputs)
     rows, n, m = *given.x.shape, given.y.shape[-1]
     d = given.v.shape[-1] // n
-    groups = given.solve(setting)
-    memory.keep(groups, rows)
     work = torch.float32 if setting.single else torch.float64
     ranks = given.x.new_empty(rows, n if given.c.shape[-1] else 0, dtype=work)
     values = given.x.new_empty(rows, m, d, dtype=work)
-    for group in groups:
+    for group in memory.passing(given.solve(setting), rows):
         whole = len(group.rows) == rows
         some = given if whole else given.rows(group.rows)
         if given.c.shape[-1]:
@@ -188,9 +196,10 @@ def _pull_back(
     given = _Inputs.of(*inputs)
     outer = _as_rows(*tensors[7:])
     rows = len(given.x)
-    groups = memory.solved if memory.rows == rows else given.solve(setting)
-    grads = [torch.zeros((), dtype=torch.float64).expand(t.shape) for t in given]
-    for group in groups:
+    kept = memory.recall(rows)
+    grads = [t.new_zeros(()).expand(t.shape) for t in given]
+    filled = [False] * len(grads)
+    for group in given.solve(setting) if kept is None else kept:
         if len(group.rows) == rows:
             parts = _pull_back_group(group, given, outer, setting, masses, targets)
             grads = [grad if part is None else part for grad, part in zip(grads, parts, strict=True)]
@@ -199,9 +208,12 @@ def _pull_back(
         parts = _pull_back_group(group, some, [t[group.rows] for t in outer], setting, masses, targets)
         for place, part in enumerate(parts):
             if part is not None:
-                if grads[place].stride(0) == 0 and rows > 1:
-                    grads[place] = grads[place].contiguous()
-                grads[place][group.rows] = part
+                if not filled[place]:
+                    grads[place], filled[place] = (
+                        grads[place].clone(memory_format=torch.contiguous_format),
+                        True,
+                    )
+                grads[place][group.rows] = part.to(grads[place].dtype)
     return tuple(grad.reshape(t.shape) for grad, t in zip(grads, inputs, strict=True))
 
 
@@ -235,7 +247,7 @@ def _pull_back_group(
         mv = _point_moments(group, given)
         pull = pull + mx * (k @ both) - (mv * (k @ sigma)).sum(-1, keepdim=True)
     e = e + my * (kt @ pull)
-    price = my * _laplacian_solve(my * (kt @ (mx * k)) * my.mT, e)
+    price = my * _laplacian_solve(my * (kt @ (mx * k)) * my.mT, e, my)
 
     # functions of a point X, (K t)(X), and their exact derivatives
     t = _columns(price + both if d else price, *((mc,) if c.shape[1] else ()), *((sigma,) if d else ()))
@@ -257,15 +269,17 @@ def _pull_back_group(
         return x_grad, a_grad, None, None, None, v_grad, None
 
     # functions of a target Y, (K' t)(Y)
+    if setting.straight:
+        c = torch.lerp(c[:, :1], c[:, 1:], y)
     t = _columns(pull + mx * (k @ price), *((rho,) if c.shape[1] else ()), *((mv,) if d else ()))
     at_y = kt @ t
     slope_y = at_y * (bent.mT @ mx) - bent.mT @ t
     at_y, slope_y = group.y.interpolate(at_y), group.y.interpolate(slope_y)
-    y_grad, b_grad, c_grad = b * slope_y[..., 0], at_y[..., 0], torch.zeros_like(c)
+    y_grad, b_grad, c_grad = b * slope_y[..., 0], at_y[..., 0], None
     if c.shape[1]:
         y_grad = y_grad + b * c * slope_y[..., 1]
         b_grad = b_grad + c * at_y[..., 1]
-        c_grad = b * at_y[..., 1]
+        c_grad = None if setting.straight else b * at_y[..., 1]
     if d:
         y_grad = y_grad + (values_grad * slope_y[..., first:]).sum(-1)
     # points, targets and epsilon^(1 / power) in another unit: the same plan
@@ -274,27 +288,31 @@ def _pull_back_group(
     return x_grad, a_grad, y_grad, b_grad, c_grad, v_grad, epsilon_grad
 
 
-def _laplacian_solve(weight: Tensor, e: Tensor) -> Tensor:
-    """w with (diag(weight 1) - weight) w = e for e of sum 0, (rows, q, q) and (rows, q, 1), up to a constant.
+def _laplacian_solve(weight: Tensor, e: Tensor, mass: Tensor) -> Tensor:
+    """w with (diag(weight 1) - weight) w = e for e of sum 0, up to a constant.
 
-    The diagonal is summed from the others, which cancels nothing where the plan is nearly hard, and scaled to 1. The
-    constant is made regular by a rank-one term, and blocks that float64 cannot tell from decoupled ones by a ridge.
+    The diagonal is summed from the others, which cancels nothing where the plan is nearly hard. The constant is made
+    regular by a rank-one term, and blocks of targets that float64 cannot tell from decoupled ones by a ridge.
+
+    Args:
+        weight: (rows, q, q), symmetric; its diagonal does not matter.
+        e: (rows, q, 1).
+        mass: (rows or 1, q, 1), what rows of weight sum to, roughly; 0 at nodes that stand for nothing.
     """
     weight.diagonal(dim1=-2, dim2=-1).zero_()
-    degree = weight.sum(-1, keepdim=True)
-    size = degree.abs()
+    size = mass.abs()
     alone = size == 0
     unit = torch.where(alone, 1.0, size).rsqrt()
-    constant = size.sqrt()
-    constant = constant / torch.linalg.vector_norm(constant, dim=-2, keepdim=True).clamp_min(1e-300)
-    matrix = torch.baddbmm(weight.mul_(-unit).mul_(unit.mT), constant, constant.mT)
-    matrix.diagonal(dim1=-2, dim2=-1).add_((torch.where(alone, 1.0, degree.sign()) + RIDGE).squeeze(-1))
+    constant = size.sqrt()  # sum of squares about 1
+    matrix = constant * constant.mT - weight * unit * unit.mT
+    diagonal = weight.sum(-1, keepdim=True) * unit * unit + torch.where(alone, 1.0, RIDGE)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(diagonal.squeeze(-1))
     found: Tensor = torch.linalg.solve_ex(matrix, unit * e)[0]
     return unit * found
 
 
 RIDGE = 1e-14
-"""Relative to the diagonal: what a coupling between blocks of targets must exceed to be one."""
+"""Relative to a target's mass: what must cross between blocks of targets for them to be coupled."""
 
 
 def _columns(*columns: Tensor) -> Tensor:
@@ -306,9 +324,9 @@ def _dense(given: _Inputs, setting: Setting) -> tuple[Tensor, Tensor]:
     """The same with the whole plan in plain torch: two Newton steps with a frozen matrix carry two derivatives."""
     x, a, y, b, c, v, epsilon = given
     rows, n, m = *x.shape, y.shape[1]
-    if rows * n * m > LARGEST_DENSE:
+    if rows * n * m > moments.LARGEST:
         raise RuntimeError(
-            f"second derivatives: expected at most {LARGEST_DENSE} pairs of a point and a target, got {rows} x {n} x "
+            f"second derivatives: expected at most {moments.LARGEST} pairs of a point and a target, got {rows} x {n} x "
             f"{m}. They need the whole plan: differentiate fewer or shorter rows twice, or use num_targets=."
         )
     with torch.no_grad():
@@ -383,7 +401,7 @@ def certify(
     x, a, y, b, epsilon = _as_rows(*(t.detach() for t in (x, a, y, b, epsilon)))
     problem = Problem(x, a, y, b, epsilon, power, even)
     rows, out = len(x), [x.new_full((len(x),), torch.nan) for _ in range(5)]
-    for group in moments.solve(problem, dtype) if rows else []:
+    for group in moments.solve(problem, moments.ACCURACY[dtype]) if rows else ():
         part = problem if len(group.rows) == rows else problem.rows(group.rows)
         nodes = torch.full_like(group.error, group.x.nodes.shape[-1] + group.y.nodes.shape[-1])
         found = (_residual(group, part, samples), group.error, group.unresolved, group.steps, nodes)
