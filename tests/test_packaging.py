@@ -33,8 +33,8 @@ def test_import_loads_torch_and_nothing_else():
 
 def test_every_module_imports_without_the_extras():
     """The library never needs what only the experiments, tests and benchmarks need."""
-    blocked = ["beartype", "hypothesis", "jax", "jaxtyping", "matplotlib", "ot", "ott", "pytest", "rich"]
-    blocked += ["safetensors", "scipy", "sklearn", "typer"]
+    blocked = ["beartype", "hypothesis", "jax", "jaxtyping", "matplotlib", "numba", "ot", "ott", "pytest"]
+    blocked += ["rich", "safetensors", "scipy", "sklearn", "typer"]
     modules = ["couplings", *(m.name for m in pkgutil.walk_packages(couplings.__path__, "couplings."))]
     public = [name for name in modules if not name.startswith("couplings.kernels.")]
     script = "\n".join(

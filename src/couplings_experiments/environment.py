@@ -11,6 +11,7 @@ import re
 import torch
 
 import couplings_experiments
+from couplings.ordering import isotonic_compiled
 from couplings_experiments.errors import UserError
 
 _PACKAGES = ("torch", "numpy", "scikit-learn", "safetensors", "matplotlib")
@@ -27,6 +28,7 @@ def describe() -> dict[str, str]:
         "Threads": f"{torch.get_num_threads()} within an operation, {torch.get_num_interop_threads()} between",
         "Devices": ", ".join(devices()),
         "Kernels": kernels(),
+        "Pooling": isotonic_compiled.status(),
     }
 
 

@@ -1,4 +1,4 @@
-"""Pooling of adjacent violators: against scipy, sequential pooling, and inputs made to be slow."""
+"""Pooling of adjacent violators in torch: against scipy, sequential pooling, and inputs made to be slow."""
 
 import math
 
@@ -8,6 +8,12 @@ from scipy.optimize import isotonic_regression
 
 from couplings.ordering import isotonic
 from couplings.ordering.isotonic import Blocks, pool, pool_entropic
+
+
+@pytest.fixture(autouse=True)
+def _plain(monkeypatch):
+    """Not the compiled pooling: test_isotonic_compiled.py."""
+    monkeypatch.setattr(isotonic, "compiled", lambda: None)
 
 
 def inputs(n, rows=4):

@@ -5,8 +5,10 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 import couplings as cp
+from couplings import transport
 from couplings.selection.api import SORTED_METHODS
 from couplings.testing import SCORE_KINDS, score_rows, sorted_plan_by_sinkhorn
+from couplings.transport import cuts
 
 BAR = {torch.float64: 1e-9, torch.float32: 2e-6}
 
@@ -98,6 +100,40 @@ def test_float32_gradient_equals_float64(kind, output):
             size = grads[1].norm(dim=-1)
             error = (grads[0] - grads[1]).norm(dim=-1)
             assert (error <= 1e-4 * size)[size > 1e-20].all(), (n, k, exponent)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_blocks_of_columns_change_nothing(weighted, monkeypatch):
+    """Long rows are worked on block by block; a block as long as the row gives the same values and gradients."""
+    n, k = 9000, 3
+    mask = torch.rand(2, n) > 0.1
+    leaves = [
+        torch.randn(2, n, dtype=torch.float64),
+        torch.tensor([0.1, 0.01], dtype=torch.float64),
+        torch.rand(2, n, dtype=torch.float64) + 0.1,
+        torch.linspace(0, 1, k + 1, dtype=torch.float64),
+    ]
+    used = leaves if weighted else leaves[:2]
+    cotangents = torch.randn(2, k, dtype=torch.float64), torch.randn(2, k, n, dtype=torch.float64)
+
+    def both(block, pieces):
+        monkeypatch.setattr(cuts, "BLOCK", block)
+        assert len(cuts.column_blocks(n, 2 * k)) == pieces
+        x, epsilon, masses, targets = (leaf.clone().requires_grad_() for leaf in leaves)
+        if weighted:
+            masses = masses * mask
+            plan = transport.solve_points(
+                x, targets, masses / masses.sum(-1, keepdim=True), epsilon=epsilon, mask=mask
+            ).plan()
+            outputs = plan[..., :k].sum(-2), plan[..., :k].mT * n
+        else:
+            outputs = cp.soft_topk(x, k, epsilon=epsilon, mask=mask)
+        loss = sum((output * cotangent).sum() for output, cotangent in zip(outputs, cotangents))
+        return *outputs, *torch.autograd.grad(loss, (x, epsilon, masses, targets)[: len(used)])
+
+    for one, several in zip(both(2**40, 1), both(1, 3)):
+        assert one.abs().amax() > 0
+        torch.testing.assert_close(several, one, rtol=1e-9, atol=1e-12 * float(one.detach().abs().amax()))
 
 
 @pytest.mark.parametrize("method", SORTED_METHODS)

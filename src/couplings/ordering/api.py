@@ -16,6 +16,7 @@ from couplings.ordering import entropic
 from couplings.ordering.entropic import Targets
 from couplings.ordering.methods import METHODS, NAMES, RANDOM, with_options
 from couplings.ordering.rows import Real, Rows, prepare
+from couplings.transport.moments import LARGEST
 from couplings.transport.ordered import OrderCertificate as OrderCertificate
 
 
@@ -683,6 +684,9 @@ class _Call:
                 b = _valid(b, (b > 0) & (b < math.inf), "target_weights", "positive finite values")
                 b = b / b.sum(-1, keepdim=True)
             place = Targets(even.y if y is None else y, even.b if b is None else b, None, False)
+        pairs = self.rows.x.shape[-1] * place.y.shape[-1]
+        if self.p != 2 and self.epsilon != 0 and pairs > LARGEST:
+            _checks.reject("p", f"2 for more than {LARGEST} pairs of entry and target", self.p, "Use p=2.")
         return place
 
     # the answers: soft, exact at epsilon = 0, or exact with the soft gradient

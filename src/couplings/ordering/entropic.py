@@ -69,8 +69,14 @@ def even_targets(rows: Rows, count: int | None) -> Targets:
     return Targets(y, live / valid.clamp_min(1), live, True)
 
 
-@lru_cache(maxsize=8)
 def _grid(count: int, device: torch.device) -> Tensor:
+    if torch.compiler.is_compiling():
+        return torch.arange(count, dtype=torch.float64, device=device) / max(1, count - 1)
+    return _kept_grid(count, device)
+
+
+@lru_cache(maxsize=8)
+def _kept_grid(count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # kept for calls that record gradients, whoever asked first
         return torch.arange(count, dtype=torch.float64, device=device) / max(1, count - 1)
 

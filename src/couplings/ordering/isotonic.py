@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from couplings._rowwise import RowFunction, apply
+from couplings.ordering.isotonic_compiled import compiled
 
 ROUNDS = 64
 """Parallel rounds before the rows that are not finished are finished one by one; random scores need 5 to 30."""
@@ -277,6 +278,9 @@ def _solve(y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | N
         on_cpu = [None if t is None else t.cpu() for t in (y, w, weights, wall)]
         first, last = _solve(on_cpu[0], *on_cpu[1:])  # type: ignore[arg-type]
         return first.to(device), last.to(device)
+    sequential = compiled()
+    if sequential is not None:
+        return sequential(y, w, weights, wall)
     n = shape[-1]
     problem = _Problem(y, w, weights, wall)
     border = (~problem.closed).nonzero().squeeze(-1)

@@ -116,6 +116,7 @@ class Solved:
         error: (r,), weighted mean of |gamma + M|.
         unresolved: (r,), largest mass of a box times what it leaves unresolved of a density.
         steps: (r,), Newton steps.
+        every: whether these are all rows of the batch, in order.
     """
 
     rows: Tensor
@@ -130,6 +131,7 @@ class Solved:
     error: Tensor
     unresolved: Tensor
     steps: Tensor
+    every: bool = False
 
 
 def start(x: Tensor, a: Tensor, y: Tensor, b: Tensor, at: Tensor, power: float) -> Tensor:
@@ -241,7 +243,7 @@ def newton(system: _System, gamma: Tensor, accuracy: Accuracy) -> _Found:
     steps = torch.zeros(gamma.shape[0], dtype=torch.int64, device=gamma.device)
     values = system.evaluate(gamma)
     live = values.error < math.inf
-    before: float | Tensor = 1.0
+    before = torch.zeros_like(values.error)  # no step is the only one
     for _ in range(STEPS):
         live &= values.error > system.tolerance
         if not bool(live.any()):
@@ -324,13 +326,22 @@ def solve(problem: Problem, accuracy: Accuracy) -> Iterator[Solved]:
                 "epsilon, pass num_targets, or standardise the scores."
             )
         height = max(1, PAIRS // (nodes[0] * nodes[1]))
-        if len(layouts) == 1 and len(layout_of) <= height:
-            yield from _solve_alike(torch.arange(len(layout_of)), problem, ends, accuracy, *layout)
+        rows = (layout_of == number).nonzero()[:, 0]
+        if len(layout_of) > 1 and problem.epsilon.stride(0) != 0:
+            # other rows' values may have a say in who is alike: batches of one size, or bits would change with it
+            height = min(height, ALIKE)
+            rows = torch.cat((rows, rows[-1:].expand(-len(rows) % height)))
+        elif len(layout_of) <= height:
+            for solved in _solve_alike(rows, problem, ends, accuracy, *layout):
+                yield replace(solved, every=len(solved.rows) == len(layout_of))
             continue
-        for rows in (layout_of == number).nonzero()[:, 0].split(height):
-            part = [(low[rows], high[rows]) for low, high in ends]
-            yield from _solve_alike(rows, problem.rows(rows), part, accuracy, *layout)
+        for some in rows.split(height):
+            part = [(low[some], high[some]) for low, high in ends]
+            yield from _solve_alike(some, problem.rows(some), part, accuracy, *layout)
 
+
+ALIKE = 8
+"""Rows in a batch where batches depend on values."""
 
 PAIRS = 2**22
 """Pairs of nodes that are worked on at a time."""

@@ -146,7 +146,7 @@ def _forward(inputs: Sequence[Tensor], setting: Setting, memory: _Memory) -> tup
     ranks = given.x.new_empty(rows, n if given.c.shape[-1] else 0, dtype=work)
     values = given.x.new_empty(rows, m, d, dtype=work)
     for group in memory.passing(given.solve(setting), rows):
-        whole = len(group.rows) == rows
+        whole = group.every
         some = given if whole else given.rows(group.rows)
         if given.c.shape[-1]:
             found = group.x.interpolate(group.kernel @ _target_moments(group, some, setting)).squeeze(-1)
@@ -200,7 +200,7 @@ def _pull_back(
     grads = [t.new_zeros(()).expand(t.shape) for t in given]
     filled = [False] * len(grads)
     for group in given.solve(setting) if kept is None else kept:
-        if len(group.rows) == rows:
+        if group.every:
             parts = _pull_back_group(group, given, outer, setting, masses, targets)
             grads = [grad if part is None else part for grad, part in zip(grads, parts, strict=True)]
             continue
@@ -243,8 +243,9 @@ def _pull_back_group(
         pull = pull - rho * rank
     if d:
         sigma = group.y.spread(values_grad)
-        both = group.y.spread((values_grad * values).sum(-1, keepdim=True))
         mv = _point_moments(group, given)
+        # S at the nodes, not the rounded one that was returned: it is compared with v
+        both = (sigma * (kt @ mv)).sum(-1, keepdim=True)
         pull = pull + mx * (k @ both) - (mv * (k @ sigma)).sum(-1, keepdim=True)
     e = e + my * (kt @ pull)
     price = my * _laplacian_solve(my * (kt @ (mx * k)) * my.mT, e, my)
@@ -402,7 +403,7 @@ def certify(
     problem = Problem(x, a, y, b, epsilon, power, even)
     rows, out = len(x), [x.new_full((len(x),), torch.nan) for _ in range(5)]
     for group in moments.solve(problem, moments.ACCURACY[dtype]) if rows else ():
-        part = problem if len(group.rows) == rows else problem.rows(group.rows)
+        part = problem if group.every else problem.rows(group.rows)
         nodes = torch.full_like(group.error, group.x.nodes.shape[-1] + group.y.nodes.shape[-1])
         found = (_residual(group, part, samples), group.error, group.unresolved, group.steps, nodes)
         for whole, value in zip(out, found, strict=True):
