@@ -62,9 +62,11 @@ def hard_cut(
         else:
             value, head = x.topk(min(mass + 1, n), dim=-1)
         head, last, following = head[..., :mass], value[..., mass - 1 : mass], value[..., mass:]
-        centre = midpoint(last, following) if mass < n else last
-        share = torch.ones_like(value[..., :mass])
-        if mask is not None:
+        share = torch.ones_like(head, dtype=x.dtype)
+        if mask is None:
+            centre = torch.lerp(following, last, 0.5) if mass < n else last
+        else:
+            centre = midpoint(last, following) if mass < n else last
             share = share.masked_fill(value[..., :mass].isinf(), 0)
             centre = centre.masked_fill(centre.isinf(), 0)
         return HardCut(head, share, centre)
