@@ -62,8 +62,10 @@ def measure(setting: Setting, budget: float, *, rounds: int = 5) -> list[Measure
     for contender in setting.contenders:
         try:
             first, error = check(setting, contender)
-            if first < 5 * budget:  # the first call may have started threads, imported modules, paged memory in
-                first = min(clock(contender.run, min(10, int(budget / first)))[0])
+            if (
+                first < 5 * budget
+            ):  # the first call may have started threads, imported modules, paged memory in
+                first = min(clock(contender.run, max(1, min(10, int(budget / first))))[0])
             present.append((contender, first, error))
         except Refused:
             raise

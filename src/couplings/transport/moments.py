@@ -160,7 +160,9 @@ def start(x: Tensor, a: Tensor, y: Tensor, b: Tensor, at: Tensor, power: float) 
 class _System:
     """gamma + M(gamma) = 0 for fixed nodes and moments."""
 
-    def __init__(self, x: Nodes, y: Nodes, mx: Tensor, my: Tensor, problem: Problem) -> None:
+    def __init__(
+        self, x: Nodes, y: Nodes, mx: Tensor, my: Tensor, problem: Problem, accuracy: Accuracy
+    ) -> None:
         apart = x.nodes.unsqueeze(-1) - y.nodes.unsqueeze(-2)
         rate, power = problem.epsilon.unsqueeze(-1), problem.power
         if power == 2:
@@ -179,7 +181,7 @@ class _System:
         # logits of pairs that matter are rounded to this
         far = (x.points.mean(-1) - y.points.mean(-1)).abs() + 0.3
         self.tolerance = (ROUNDING * far**power / problem.epsilon.squeeze(-1)).clamp_min(TOLERANCE)
-        self.good = 100 * self.tolerance  # needs no more care
+        self.good = (100 * self.tolerance).clamp_min(3 * accuracy.left)  # needs no more care
 
     def evaluate(self, gamma: Tensor) -> _Values:
         """L, gamma + M without its mean, its size, and the row-normalised kernels."""
@@ -382,7 +384,7 @@ def _solve_alike(
     else:
         side_y = _equal(y, ends[1], boxes_y, accuracy)
         my, place_y, held_y = _masses(side_y, b)
-    system = _System(side_x, side_y, mx, my, problem)
+    system = _System(side_x, side_y, mx, my, problem, accuracy)
     at = side_y.nodes.expand(len(x), -1)
     gamma = start(place_x, held_x, place_y, held_y, at, power) / epsilon
     solved = _finish(rows, side_x, side_y, system, newton(system, gamma, accuracy))
@@ -398,11 +400,12 @@ def solve_exactly(problem: Problem) -> Solved:
     """All rows with every point and target its own node: the kernel is the whole plan's density."""
     x, a, y, b, epsilon, power, _ = problem
     rows, side_x, side_y = torch.arange(x.shape[0]), Exact(x), Exact(y)
-    system = _System(side_x, side_y, a, b, problem)
-    found = newton(system, start(x, a, y, b, y, power) / epsilon, ACCURACY[torch.float64])
+    accuracy = ACCURACY[torch.float64]
+    system = _System(side_x, side_y, a, b, problem, accuracy)
+    found = newton(system, start(x, a, y, b, y, power) / epsilon, accuracy)
     for row in (~(found.error < system.good)).nonzero()[:, 0].tolist():
         one = slice(row, row + 1)
-        alone = _System(Exact(x[one]), Exact(y[one]), a[one], b[one], problem.rows(one))
+        alone = _System(Exact(x[one]), Exact(y[one]), a[one], b[one], problem.rows(one), accuracy)
         for whole, part in zip(
             found,
             careful_newton(alone, start(x[one], a[one], y[one], b[one], y[one], power) / epsilon[one]),
@@ -471,10 +474,29 @@ def _unresolved(side: Nodes, density: Tensor, mass: Tensor) -> Tensor:
 def _refined(
     problem: Problem, accuracy: Accuracy, boxes_x: int, boxes_y: int, equal: Solved, row: int
 ) -> Solved:
-    """One row, its boxes cut on both sides wherever they leave a density unresolved, beginning with equal boxes."""
+    """One row, its boxes cut on both sides wherever they leave a density unresolved, beginning with equal boxes.
+
+    A long row's fine boxes go on standing for its points if they resolve the densities that are found.
+    """
+    if max(problem.x.shape[-1], problem.y.shape[-1]) > LONG:
+        solved = _refined_on(problem, accuracy, boxes_x, boxes_y, equal, row, True)
+        if max(_unresolved_finely(solved, problem)) < accuracy.tail:
+            return solved
+    return _refined_on(problem, accuracy, boxes_x, boxes_y, equal, row, False)
+
+
+def _refined_on(
+    problem: Problem,
+    accuracy: Accuracy,
+    boxes_x: int,
+    boxes_y: int,
+    equal: Solved,
+    row: int,
+    fine: bool,
+) -> Solved:
     x, a, y, b, epsilon, power, _ = problem
     one = slice(row, row + 1)
-    side_x, side_y = (_cells(t, boxes, accuracy.degree) for t, boxes in ((x, boxes_x), (y, boxes_y)))
+    side_x, side_y = (_cells(t, boxes, accuracy, fine) for t, boxes in ((x, boxes_x), (y, boxes_y)))
     if equal.error[row] < 1e-3:
         gamma = _extended(equal.x.nodes[one], equal.mx[one], equal.log_norm[one], side_y, problem)
     else:
@@ -482,7 +504,7 @@ def _refined(
     total = 0
     for round_ in range(ROUNDS):
         mx, my = _masses(side_x, a)[0], _masses(side_y, b)[0]
-        system = _System(side_x, side_y, mx, my, problem)
+        system = _System(side_x, side_y, mx, my, problem, accuracy)
         solved = _finish(equal.rows[one], side_x, side_y, system, careful_newton(system, gamma))
         total += int(solved.steps)
         bad_x = _unresolved(side_x, solved.kernel.mT, system.mx)[0] >= accuracy.tail
@@ -490,12 +512,43 @@ def _refined(
         if round_ == ROUNDS - 1 or not (bool(bad_x.any()) or bool(bad_y.any())):
             break
         old = side_x.nodes
-        if isinstance(side_x, Cells):
-            side_x = side_x.bisected(bad_x)
-        if isinstance(side_y, Cells):
-            side_y = side_y.bisected(bad_y)
+        side_x, side_y = _bisected(side_x, bad_x), _bisected(side_y, bad_y)
         gamma = _extended(old, system.mx, solved.log_norm, side_y, problem)
     return replace(solved, steps=torch.tensor([total], device=x.device))
+
+
+def _bisected(side: Nodes, bad: Tensor) -> Nodes:
+    if isinstance(side, Cells):
+        return side.bisected(bad)
+    if isinstance(side, Chained) and isinstance(side.coarse, Cells):
+        return Chained(side.fine, side.coarse.bisected(bad), side.kept)
+    return side
+
+
+def _unresolved_finely(solved: Solved, problem: Problem) -> tuple[float, float]:
+    """The most that a fine box leaves of a density, times its mass, on either side."""
+    x, a, _, b, epsilon, power, _ = problem
+    left = []
+    for side, mass, others, shift in (
+        (solved.x, a, solved.y.nodes, solved.gamma),
+        (solved.y, b, solved.x.nodes, -solved.log_norm),
+    ):
+        if not isinstance(side, Chained):
+            left.append(0.0)
+            continue
+        fine = side.fine
+        held = fine.spread(mass.unsqueeze(-1)).reshape(fine.count, fine.degree).sum(-1)
+        own = side.interpolate_between(solved.log_norm if side is solved.x else -solved.gamma)
+        worst = 0.0
+        for some in torch.arange(fine.count, device=x.device)[held > 0].split(128):
+            place = (some[:, None] * fine.degree + torch.arange(fine.degree, device=x.device)).reshape(-1)
+            apart = fine.nodes[0, place][:, None] - others
+            density = (apart.abs().pow(power) / -epsilon + shift - own[place][:, None]).exp()
+            # of a cubic, the last coefficient: the next one, which is left out, is smaller still
+            last = density.reshape(len(some), fine.degree, -1).mT @ fine.to_coefficients[-1]
+            worst = max(worst, float((last.abs().amax(-1) * held[some].abs()).max()))
+        left.append(worst)
+    return left[0], left[1]
 
 
 def _extended(nodes: Tensor, mass: Tensor, log_norm: Tensor, side_y: Nodes, problem: Problem) -> Tensor:
@@ -505,9 +558,13 @@ def _extended(nodes: Tensor, mass: Tensor, log_norm: Tensor, side_y: Nodes, prob
     return -_weighted_softmax(exponent, mass.unsqueeze(-1), -2)[0]
 
 
-def _cells(t: Tensor, boxes: int, degree: int) -> Nodes:
+def _cells(t: Tensor, boxes: int, accuracy: Accuracy, fine: bool) -> Nodes:
     if boxes == 0:
         return Exact(t)
-    low, high = t.aminmax()
-    edges = low + (high - low) * torch.arange(1, boxes, dtype=torch.float64, device=t.device) / boxes
-    return Cells(t, edges, degree)
+    low, high = _ends(t)
+    edges = low[0] + (high - low)[0] * torch.arange(1, boxes, dtype=torch.float64, device=t.device) / boxes
+    if not fine or t.shape[-1] <= LONG:
+        return Cells(t, edges, accuracy.degree)
+    between = Boxes(t, (low, high), FINE, accuracy.fine_degree, single=accuracy.work == torch.float32)
+    kept = between.live[0].nonzero()[:, 0]
+    return Chained(between, Cells(between.nodes[:, kept], edges, accuracy.degree), kept)

@@ -38,8 +38,8 @@ class Nodes(ABC):
         """(rows, n, d) -> (rows, q, d)."""
 
     @abstractmethod
-    def interpolate(self, value: Tensor) -> Tensor:
-        """(rows, q, d) -> (rows, n, d)."""
+    def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
+        """(rows, q, d) -> (rows, n, d); in float64 if ``double``, else as accurate as was asked for."""
 
     def contract(self, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """sum_d w_d(i) f_d(t_i), (rows, n), for values (rows, q, d) and d weights (rows, n)."""
@@ -65,7 +65,7 @@ class Exact(Nodes):
         """The weights themselves."""
         return weight.double()
 
-    def interpolate(self, value: Tensor) -> Tensor:
+    def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
         """The values themselves."""
         return value
 
@@ -223,38 +223,39 @@ class Boxes(Nodes):
                 total += _moments(box, u, weight[place].reshape(-1, d).double(), boxes, self.degree)
         return torch.matmul(self.to_coefficients.mT, total).reshape(rows, -1, d)
 
-    def interpolate(self, value: Tensor) -> Tensor:
+    def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
         """(rows, q, d) -> (rows, n, d)."""
         rows, d = value.shape[0], value.shape[-1]
+        work = torch.float64 if double else self.work
         if d == 1:
-            return self._one_by_one(value, [None]).unsqueeze(-1)
-        series = self._series_of(value)
+            return self._one_by_one(value, [None], work).unsqueeze(-1)
+        series = self._series_of(value, work)
         if self._whole is not None:
             return _series(*self._whole[1:], series).reshape(rows, -1, d)
-        out = value.new_empty(rows, self.points.shape[-1], d, dtype=self.work)
+        out = value.new_empty(rows, self.points.shape[-1], d, dtype=work)
         for place, box, u in self._pieces():
             out[place] = _series(box, u, series).reshape(out[place].shape)
         return out
 
     def contract(self, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """sum_d w_d(i) f_d(t_i), (rows, n), for values (rows, q, d) and d weights (rows, n)."""
-        return self._one_by_one(value, weights)
+        return self._one_by_one(value, weights, self.work)
 
-    def _series_of(self, value: Tensor) -> Tensor:
+    def _series_of(self, value: Tensor, work: torch.dtype) -> Tensor:
         """Chebyshev coefficients of each box, (degree, rows * boxes, d)."""
         rows, d = value.shape[0], value.shape[-1]
         series = torch.matmul(self.to_coefficients, value.reshape(rows * self.count, self.degree, d))
-        return series.transpose(0, 1).to(self.work)
+        return series.transpose(0, 1).to(work)
 
-    def _one_by_one(self, value: Tensor, weights: Sequence[Tensor | None]) -> Tensor:
-        series = [one.contiguous() for one in self._series_of(value).unbind(-1)]
-        out = value.new_empty(len(value), self.points.shape[-1], dtype=self.work)
+    def _one_by_one(self, value: Tensor, weights: Sequence[Tensor | None], work: torch.dtype) -> Tensor:
+        series = [one.contiguous() for one in self._series_of(value, work).unbind(-1)]
+        out = value.new_empty(len(value), self.points.shape[-1], dtype=work)
         for place, box, u in self._pieces():
             total: Tensor | None = None
             for one, weight in zip(series, weights, strict=True):
                 part = _series(box, u, one)
                 if weight is not None:
-                    here = weight[place].reshape(-1).to(self.work)
+                    here = weight[place].reshape(-1).to(work)
                     part = part.mul_(here) if total is None else total.addcmul_(part, here)
                 total = part
             out[place] = total.reshape(out[place].shape)  # type: ignore[union-attr]
@@ -306,7 +307,7 @@ class Cells(Nodes):
         inner = (self.to_coefficients.mT @ moments).reshape(-1, weight.shape[-1])
         return torch.cat((inner, merged[self.outside]))[None]
 
-    def interpolate(self, value: Tensor) -> Tensor:
+    def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
         """(1, q, d) -> (1, n, d)."""
         d, curved = value.shape[-1], len(self.low) * self.degree
         out = value.new_empty(len(self.distinct[0]), d)
@@ -346,12 +347,16 @@ class Chained(Nodes):
         """From the fine nodes, (rows, fine nodes, d), to the coarse ones."""
         return self.coarse.spread(between if self.kept is None else between[:, self.kept])
 
-    def interpolate(self, value: Tensor) -> Tensor:
+    def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
         """(rows, q, d) -> (rows, n, d)."""
-        return self.fine.interpolate(self._between(value))
+        return self.fine.interpolate(self._between(value), double=double)
+
+    def interpolate_between(self, value: Tensor) -> Tensor:
+        """At the fine nodes, (fine nodes,), for a value (1, q) of the one row; 0 where no point is."""
+        return self._between(value.unsqueeze(-1))[0, :, 0]
 
     def _between(self, value: Tensor) -> Tensor:
-        between = self.coarse.interpolate(value)
+        between = self.coarse.interpolate(value, double=True)
         if self.kept is None:
             return between
         whole = between.new_zeros(1, self.fine.nodes.shape[-1], value.shape[-1])
@@ -380,9 +385,9 @@ class Shared(Nodes):
             return self.one.spread(weight[:1])
         return self._unfold(self.one.spread(self._fold(weight)), weight)
 
-    def interpolate(self, value: Tensor) -> Tensor:
+    def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
         """(rows, q, d) -> (rows, n, d)."""
-        return self._unfold(self.one.interpolate(self._fold(value)), value)
+        return self._unfold(self.one.interpolate(self._fold(value), double=double), value)
 
     def tails(self, density: Tensor) -> Tensor:
         """Row by row, as the one says."""

@@ -414,8 +414,9 @@ def certify(
 def _residual(group: Solved, problem: Problem, samples: int) -> Tensor:
     """Mean error of the marginals of a sample, both sides together, (rows,)."""
     x, a, y, b, epsilon, power, _ = problem
-    at_x = group.x.interpolate(group.log_norm.unsqueeze(-1)).squeeze(-1).double()
-    at_y = group.y.interpolate(group.gamma.unsqueeze(-1)).squeeze(-1).double()
+    # in float64: a rounded potential would be another plan's
+    at_x = group.x.interpolate(group.log_norm.unsqueeze(-1), double=True).squeeze(-1)
+    at_y = group.y.interpolate(group.gamma.unsqueeze(-1), double=True).squeeze(-1)
 
     def error(
         mine: Tensor, shift: Tensor, mass: Tensor, other: Tensor, held: Tensor, weight: Tensor
