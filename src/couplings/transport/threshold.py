@@ -64,7 +64,9 @@ def hard_cut(
         head, last, following = head[..., :mass], value[..., mass - 1 : mass], value[..., mass:]
         share = torch.ones_like(head, dtype=x.dtype)
         if mask is None:
-            centre = torch.lerp(following, last, 0.5) if mass < n else last
+            centre = (
+                following + (last - following) * 0.5 if mass < n else last
+            )  # as midpoint has it, bit for bit
         else:
             centre = midpoint(last, following) if mass < n else last
             share = share.masked_fill(value[..., :mass].isinf(), 0)
