@@ -3,6 +3,7 @@
 import sys
 import warnings
 
+import numba
 import pytest
 import torch
 from scipy.optimize import isotonic_regression
@@ -24,7 +25,6 @@ def afresh():
 @pytest.fixture
 def fast():
     """The compiled pooling is what runs: a numba that is installed must work."""
-    pytest.importorskip("numba", reason="numba is not installed: pip install 'couplings[fast]'")
     assert isotonic_compiled.compiled() is not None, isotonic_compiled.status()
 
 
@@ -198,7 +198,6 @@ def test_decided_once(afresh, monkeypatch):
 
 
 def test_interpreted_numba_is_not_used(afresh, monkeypatch):
-    numba = pytest.importorskip("numba", reason="numba is not installed: pip install 'couplings[fast]'")
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
     fitted()
     assert isotonic_compiled.compiled() is None

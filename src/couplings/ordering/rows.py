@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from couplings import _checks
+from couplings._rows import Real as Real
+from couplings._rows import as_rows, standardised, valid_count
 from couplings._scale import mean_std
-
-Real = float | Tensor
-"""Epsilon: a float, or a tensor that broadcasts to (*batch, 1)."""
 
 
 class Rows:
@@ -32,31 +30,20 @@ class Rows:
             return self.x
         if self._z is None:
             mean, std = mean_std(self.x, self.weights, self.mask)
-            z = (self.x - mean) / std
-            self._z = z if self.mask is None else z.masked_fill(~self.mask, 0)
+            self._z = standardised(self.x, mean, std, self.mask)
         return self._z
 
     @property
     def count(self) -> Tensor:
         """Valid entries of each row, (*batch, 1), in the dtype of x."""
-        if self.mask is None:
-            return self.x.new_full((*self.x.shape[:-1], 1), self.x.shape[-1])
-        return self.mask.sum(-1, keepdim=True).to(self.x.dtype)
+        return valid_count(self.x, self.mask)
 
 
 def prepare(
     x: Tensor, dim: int, descending: bool, weights: Tensor | None, mask: Tensor | None, standardize: bool
 ) -> Rows:
     """Move ``dim`` last, raise half precision to float32, negate for descending order, zero what is masked."""
-    if dim != x.dim() - 1:
-        x = x.movedim(dim, -1)
-        weights = None if weights is None else weights.movedim(dim, -1)
-        mask = None if mask is None else mask.movedim(dim, -1)
-    if x.dtype in _checks.HALF:
-        x = x.float()
-        weights = None if weights is None else weights.float()
-    if descending:
-        x = -x
+    x, weights, mask = as_rows(x, dim, descending, weights, mask)
     if mask is not None:
         x = x.masked_fill(~mask, 0)
         weights = None if weights is None else weights.masked_fill(~mask, 0)

@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from couplings import _checks
+from couplings._rows import Real as Real
+from couplings._rows import as_rows, standardised, valid_count
 from couplings._rowwise import extent, seen
 from couplings._scale import mean_std
-
-Real = float | Tensor
 
 
 class Rows(NamedTuple):
@@ -39,30 +38,19 @@ class Rows(NamedTuple):
     @property
     def standardised(self) -> Tensor:
         """(x - mean) / std, 0 where masked."""
-        z = (self.x - self.mean) / self.std
-        return z if self.mask is None else z.masked_fill(~self.mask, 0)
+        return standardised(self.x, self.mean, self.std, self.mask)
 
     @property
     def valid_count(self) -> Tensor:
         """Valid entries of each row, (*batch, 1)."""
-        if self.mask is None:
-            return self.x.new_full((*self.x.shape[:-1], 1), self.x.shape[-1])
-        return self.mask.sum(-1, keepdim=True).to(self.x.dtype)
+        return valid_count(self.x, self.mask)
 
 
 def prepare(
     x: Tensor, dim: int, largest: bool, weights: Tensor | None, mask: Tensor | None, standardize: bool
 ) -> Rows:
     """Move ``dim`` last, raise half precision to float32, negate for the smallest, find -inf and masked entries."""
-    if dim != x.dim() - 1:
-        x = x.movedim(dim, -1)
-        weights = None if weights is None else weights.movedim(dim, -1)
-        mask = None if mask is None else mask.movedim(dim, -1)
-    if x.dtype in _checks.HALF:
-        x = x.float()
-        weights = None if weights is None else weights.float()
-    if not largest:
-        x = -x
+    x, weights, mask = as_rows(x, dim, not largest, weights, mask)
     if (
         mask is None
     ):  # the common case, where a look at one number per row shows that nothing special is there
