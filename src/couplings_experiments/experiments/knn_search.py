@@ -10,7 +10,8 @@ from typing import Any
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.knn_training import ROWS, TRAINED, Choice, build, data_for, plan_for, use_threads
 from couplings_experiments.report.blocks import Block, Paragraph, Table
-from couplings_experiments.trainer import Diverged, train
+from couplings_experiments.search import score
+from couplings_experiments.trainer import train
 
 # Six trials for everyone: three learning rates with two epsilons, or six learning rates where there is no epsilon.
 _RATES = (0.003, 0.01, 0.03)
@@ -47,30 +48,23 @@ def _trial(context: Context, name: str, number: int, choice: Choice, seed: int) 
     weight = TRAINED[name]
     title = f"{LABELS[name]}, trial {number + 1}"
 
-    def compute(directory: Path) -> dict[str, Any]:
+    def fit(directory: Path) -> list[dict[str, Any]]:
         data = data_for(context, seed, plan.limit)
         use_threads(data)
-        settings = replace(plan.optimisation, learning_rate=choice.learning_rate)
-        try:
-            history = train(
-                build(name, choice, data, seed),
-                data,
-                settings,
-                seed,
-                directory,
-                identity=f"{name} {choice}",
-                after_epoch=lambda done: context.progress.advance(done * weight, title),
-                say=context.progress.say,
-            )
-        except Diverged as error:
-            context.progress.say(str(error))
-            return {"validation": 0.0}
-        last = history[-max(len(history) // 3, 1) :]
-        return {"validation": fmean(point["validation"] for point in last)}
+        return train(
+            build(name, choice, data, seed),
+            data,
+            replace(plan.optimisation, learning_rate=choice.learning_rate),
+            seed,
+            directory,
+            identity=f"{name} {choice}",
+            after_epoch=lambda done: context.progress.advance(done * weight, title),
+            say=context.progress.say,
+        )
 
-    result = context.unit(f"{name}-{number}-{seed}", weight * plan.optimisation.epochs, compute)
-    context.progress.say(f"{title} ({choice}): {100 * result['validation']:.2f} %")
-    return float(result["validation"])
+    found = score(context, f"{name}-{number}-{seed}", weight * plan.optimisation.epochs, fit)
+    context.progress.say(f"{title} ({choice}): {100 * found:.2f} %")
+    return found
 
 
 def blocks(result: dict[str, Any]) -> list[Block]:

@@ -10,6 +10,7 @@ from typing import Any
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.knn_training import use_threads
 from couplings_experiments.report.blocks import Block, Paragraph, Table
+from couplings_experiments.search import score
 from couplings_experiments.sorting_methods import Choice
 from couplings_experiments.sorting_training import (
     COST,
@@ -21,7 +22,7 @@ from couplings_experiments.sorting_training import (
     plan_for,
     repeated,
 )
-from couplings_experiments.trainer import Diverged, train
+from couplings_experiments.trainer import train
 
 LENGTH = 5
 FIRST_SEED = 100  # divides train and validation in another way than the seeds that are reported
@@ -95,30 +96,24 @@ def run(context: Context) -> dict[str, Any]:
 def _trial(context: Context, plan: Plan, name: str, number: int, choice: Choice, seed: int) -> float:
     title = f"{LABELS[name]}, trial {number + 1}"
 
-    def compute(directory: Path) -> dict[str, Any]:
+    def fit(directory: Path) -> list[dict[str, Any]]:
         digits = digits_for(context, seed, plan.limit)
         use_threads(digits)
         settings = optimisation_for(plan, choice, LENGTH)
-        try:
-            history = train(
-                build(name, choice, LENGTH, digits, seed),
-                repeated(digits, settings),
-                settings,
-                seed,
-                directory,
-                identity=f"{name} {choice}",
-                after_epoch=lambda done: context.progress.advance(done * COST[name], title),
-                say=context.progress.say,
-            )
-        except Diverged as error:
-            context.progress.say(str(error))
-            return {"validation": 0.0}
-        last = history[-max(len(history) // 3, 1) :]
-        return {"validation": fmean(point["validation"] for point in last)}
+        return train(
+            build(name, choice, LENGTH, digits, seed),
+            repeated(digits, settings),
+            settings,
+            seed,
+            directory,
+            identity=f"{name} {choice}",
+            after_epoch=lambda done: context.progress.advance(done * COST[name], title),
+            say=context.progress.say,
+        )
 
-    result = context.unit(f"{name}-{number}-{seed}", COST[name] * plan.epochs, compute)
-    context.progress.say(f"{title} ({choice}): {result['validation']:.3f}")
-    return float(result["validation"])
+    found = score(context, f"{name}-{number}-{seed}", COST[name] * plan.epochs, fit)
+    context.progress.say(f"{title} ({choice}): {found:.3f}")
+    return found
 
 
 def blocks(result: dict[str, Any]) -> list[Block]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.report.blocks import Block, Paragraph, Table
+from couplings_experiments.search import score
 from couplings_experiments.topk_training import GRID, METHODS, Choice, load_for, plan_for, train_one
-from couplings_experiments.trainer import Diverged
 
 FIRST_SEED = 100  # divides train and validation in another way than the seeds that are reported
 
@@ -46,21 +46,14 @@ def _trial(context: Context, name: str, noise: float, number: int, choice: Choic
     plan = plan_for(context.request.dataset, context.request.preset)
     title = f"{METHODS[name].label}, {noise:.0%} noise, trial {number + 1}"
 
-    def compute(directory: Path) -> dict[str, Any]:
+    def fit(directory: Path) -> list[dict[str, Any]]:
         data = load_for(context, seed, plan.limit)
-        try:
-            _, history = train_one(
-                context, data, plan.networks[0], name, noise, choice, seed, directory, title
-            )
-        except Diverged as error:
-            context.progress.say(str(error))
-            return {"validation": 0.0}
-        return {"validation": fmean(point["validation"] for point in history[-3:])}
+        return train_one(context, data, plan.networks[0], name, noise, choice, seed, directory, title)[1]
 
     steps = METHODS[name].weight * plan.optimisation.epochs
-    result = context.unit(f"{name}-{round(100 * noise)}-{number}-{seed}", steps, compute)
-    context.progress.say(f"{title} ({choice}): {100 * result['validation']:.2f} %")
-    return float(result["validation"])
+    found = score(context, f"{name}-{round(100 * noise)}-{number}-{seed}", steps, fit, last=3)
+    context.progress.say(f"{title} ({choice}): {100 * found:.2f} %")
+    return found
 
 
 def blocks(result: dict[str, Any]) -> list[Block]:
