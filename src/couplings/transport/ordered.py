@@ -186,7 +186,7 @@ def _pull_back(
     """Gradients with respect to the seven inputs.
 
     Args:
-        tensors: the inputs, ranks, values, and the gradients of these two.
+        tensors: the inputs, and the gradients of ranks and values.
         setting: as in the forward.
         masses: whether those of a and v are wanted.
         targets: whether those of y, b, c and epsilon are wanted.
@@ -222,13 +222,13 @@ def _pull_back_group(
 ) -> tuple[Tensor | None, ...]:
     """ordering.md, "Gradient of ranks and sorted values"; its letters."""
     x, a, y, b, c, v, epsilon = given
-    _, values, ranks_grad, values_grad = outer
+    ranks_grad, values_grad = outer
     rows, n, m = *x.shape, y.shape[1]
     d = v.shape[1] // n
     k, kt = group.kernel, group.kernel.mT
     mx, my = group.mx.unsqueeze(-1), group.my.unsqueeze(-1)
     v = v.reshape(rows, n, d)
-    values, values_grad = (t.reshape(rows, m, d) for t in (values, values_grad))
+    values_grad = values_grad.reshape(rows, m, d)
     no = x.new_zeros(1, 1, 1)
 
     # the cotangents as measures at the nodes, and the right-hand side e
@@ -491,15 +491,15 @@ class _Order(RowFunction):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.save_for_backward(*inputs[:7], *output)
+        ctx.save_for_backward(*inputs[:7])
         ctx.setting, ctx.memory = inputs[7:11], inputs[11]
 
     @staticmethod
     def backward(ctx: Any, ranks_grad: Tensor, values_grad: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
         masses, targets = wanted[1] or wanted[5], any(wanted[place] for place in (2, 3, 4, 6))
-        tensors = (*ctx.saved_tensors, ranks_grad, values_grad)
-        grads = apply(_OrderGradient, *tensors, *ctx.setting, masses, targets, ctx.memory)
+        given = (*ctx.saved_tensors, ranks_grad, values_grad, *ctx.setting)
+        grads = apply(_OrderGradient, *given, masses, targets, ctx.memory)
         return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), *(None,) * 5
 
 
@@ -513,8 +513,6 @@ class _OrderGradient(RowFunction):
         c: Tensor,
         v: Tensor,
         epsilon: Tensor,
-        ranks: Tensor,
-        values: Tensor,
         ranks_grad: Tensor,
         values_grad: Tensor,
         power: float,
@@ -525,21 +523,20 @@ class _OrderGradient(RowFunction):
         targets: bool,
         memory: _Memory,
     ) -> tuple[Tensor, ...]:
-        tensors = [x, a, y, b, c, v, epsilon, ranks, values, ranks_grad, values_grad]
+        tensors = [x, a, y, b, c, v, epsilon, ranks_grad, values_grad]
         if torch.compiler.is_compiling():
             return tuple(_backward_op(tensors, power, single, even, straight, masses, targets))
         return _pull_back(tensors, Setting(power, single, even, straight), masses, targets, memory)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*inputs[:7], *inputs[9:11])
-        ctx.power, ctx.straight = inputs[11], inputs[14]
+        ctx.save_for_backward(*inputs[:9])
+        ctx.power, ctx.straight = inputs[9], inputs[12]
 
     @staticmethod
     def backward(ctx: Any, *second: Tensor) -> tuple[Tensor | None, ...]:
         grads = apply(_SecondDerivative, *ctx.saved_tensors, *second, ctx.power, ctx.straight)
-        # ranks and values are functions of the inputs, which the second derivative goes through already
-        return *grads[:7], None, None, *grads[7:], *(None,) * 7
+        return *grads, *(None,) * 7
 
 
 class _SecondDerivative(RowFunction):
