@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from couplings import losses, nn, testing
+from couplings.matching import log_optimal_transport, match_with_dustbin, mutual_matches
 from couplings.ordering import (
     OrderCertificate,
     order_certificate,
@@ -25,7 +26,10 @@ __all__ = [
     "Coupling",
     "OrderCertificate",
     "Status",
+    "log_optimal_transport",
     "losses",
+    "match_with_dustbin",
+    "mutual_matches",
     "nn",
     "order_certificate",
     "quantile_normalize",

@@ -2,6 +2,7 @@
 
 from couplings.losses.knn import knn_loss as knn_loss
 from couplings.losses.knn import knn_predict as knn_predict
+from couplings.losses.matching import matching_loss as matching_loss
 from couplings.losses.ranking import average_precision_loss as average_precision_loss
 from couplings.losses.ranking import kendall_loss as kendall_loss
 from couplings.losses.ranking import least_quantile_loss as least_quantile_loss

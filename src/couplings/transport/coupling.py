@@ -204,6 +204,13 @@ class Coupling:
             f"with marginal residual {float(residual[first]):.1e}. {_REMEDY[code]}"
         )
 
+    def returned_in(self, dtype: torch.dtype) -> Coupling:
+        """This coupling, with plans, products and value cast to ``dtype``: for solving above the caller's precision."""
+        other = object.__new__(Coupling)
+        other.__dict__.update(self.__dict__)
+        other._dtype, other.a, other.b = dtype, self.a.to(dtype), self.b.to(dtype)
+        return other
+
     # -- plumbing
 
     def _raw_plan(self) -> Tensor:

@@ -1,0 +1,185 @@
+"""``match_with_dustbin`` and ``log_optimal_transport``: checks, preparation, dispatch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from couplings import _checks
+from couplings._autocast import full_precision
+from couplings.matching.dual_softmax import dual_softmax
+from couplings.matching.dustbin import bordered
+from couplings.transport import Coupling, solve
+
+METHODS = ("transport", "dual_softmax")
+Dustbin = float | Tensor | Sequence[Tensor]
+"""One score for all dustbins, one per problem, or a pair: one per row and one per column."""
+
+
+def match_with_dustbin(
+    scores: Tensor,
+    dustbin: Dustbin,
+    *,
+    row_mask: Tensor | None = None,
+    column_mask: Tensor | None = None,
+    method: str = "transport",
+    iterations: int | None = None,
+    epsilon: float | Tensor = 1.0,
+    on_fail: str = "warn",
+) -> Coupling:
+    r"""Soft matching of rows to columns in which either may stay unmatched: transport with dustbins.
+
+    The scores get one more row and one more column, the dustbins. The plan maximises ``<P, scores>`` plus epsilon times
+    its entropy, with mass 1 for every valid row and column, and for a dustbin as much as there is on the other side
+    (Sarlin et al., SuperGlue, CVPR 2020, section 3.2). If the matched mass is p, the four blocks of the plan hold
+    p, N - p, M - p and p. The default solver stops at a certificate, not at a number of sweeps, and the gradient is
+    implicit.
+
+    Args:
+        scores: (\*batch, N, M), any real floating dtype; half precision is solved in float32. -inf forbids a pair. N or
+            M may be 0.
+        dustbin: score of staying unmatched, in the units of scores. A float or a tensor that broadcasts to batch, for
+            all dustbins; or a pair of tensors that broadcast to (\*batch, N) and (\*batch, M), one score per row and
+            one per column (the corner's score is then the mean of both sides' means). Usually a learned parameter.
+        row_mask: (\*batch, N) bool or broadcastable, True = takes part. A masked row has zero plan (-inf in
+            ``log_plan``) and zero gradient, and is not counted in any marginal: the answer is that of the unpadded
+            problem. Without a valid row every column goes to its dustbin.
+        column_mask: (\*batch, M), likewise.
+        method: "transport"; or "dual_softmax" (Sun et al., LoFTR, CVPR 2021; with dustbins as in Lindenberger et al.,
+            LightGlue, ICCV 2023): the product of both softmaxes and of the matchabilities sigmoid(-dustbin / epsilon),
+            a closed form whose marginals are whatever they come to. ``dustbin=-inf`` leaves the matchabilities out.
+        iterations: None solves to the certificate. A number makes exactly that many Sinkhorn sweeps, rows first, with
+            the gradient of the unrolled sweeps.
+        epsilon: regularisation in the units of scores, positive: a float, or a tensor that broadcasts to batch.
+        on_fail: as in ``solve``: "warn", "raise" or "ignore" where a problem is not solved to its tolerance.
+
+    Returns:
+        A ``Coupling`` of shape (\*batch, N + 1, M + 1), the dustbins last, in the dtype of scores.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device, range or name.
+        RuntimeError: ``on_fail="raise"`` and a problem was not solved.
+
+    Example:
+        >>> import torch, couplings as cp
+        >>> scores = torch.tensor([[8.0, 0.0], [0.0, 0.0], [0.0, 9.0]])
+        >>> coupling = cp.match_with_dustbin(scores, 2.0)
+        >>> coupling.plan()[:, -1].round(decimals=1)  # the second row stays unmatched, the corner balances
+        tensor([0.0000, 0.8000, 0.0000, 2.2000])
+    """
+    rows, columns = _check_metadata(scores, dustbin, row_mask, column_mask)
+    _checks.choice("method", method, METHODS)
+    work = scores.dtype if scores.dtype == torch.float64 else torch.float32
+    batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
+    with full_precision(scores):
+        problem = bordered(
+            scores.to(work),
+            rows.to(device=scores.device, dtype=work).expand(*batch, n),
+            columns.to(device=scores.device, dtype=work).expand(*batch, m),
+            row_mask,
+            column_mask,
+        )
+        if method == "dual_softmax":
+            if iterations is not None:
+                _checks.reject(
+                    "iterations", f"None with method={method!r}", iterations, "It has a closed form."
+                )
+            return dual_softmax(problem, epsilon, work, scores.dtype)
+        coupling = solve(
+            -problem.scores,
+            problem.a,
+            problem.b,
+            epsilon=epsilon,
+            solver="auto" if iterations is None else "sinkhorn",
+            iterations=iterations,
+            row_mask=None if row_mask is None else problem.rows,
+            column_mask=None if column_mask is None else problem.columns,
+            on_fail=on_fail,
+        )
+    return coupling.returned_in(scores.dtype)
+
+
+def log_optimal_transport(scores: Tensor, alpha: float | Tensor, iters: int | None) -> Tensor:
+    r"""The dustbin layer under its published signature: the logarithm of the plan.
+
+    It replaces the function of that name in matching networks by a change of import, with the same answer for the same
+    number of sweeps; ``iters=None`` solves to the certificate instead, which costs less than 100 sweeps and leaves no
+    row sums wrong. For masks, a dustbin per keypoint or the certificate itself see ``match_with_dustbin``.
+
+    Args:
+        scores: (B, N, M), or any batch shape. Half precision is computed in float32.
+        alpha: the dustbins' score, a float or a tensor that broadcasts to the batch shape.
+        iters: number of Sinkhorn sweeps, at least 1, differentiated as unrolled; or None.
+
+    Returns:
+        (B, N + 1, M + 1), with total mass N + M (the normalisation log(N + M) undone), in the dtype of scores.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: an argument of the wrong shape, device or range.
+
+    Reference:
+        Sarlin et al.: SuperGlue: Learning Feature Matching with Graph Neural Networks, CVPR 2020.
+
+    Example:
+        >>> import torch, couplings as cp
+        >>> log_plan = cp.log_optimal_transport(torch.zeros(1, 3, 2), torch.tensor(1.0), 100)
+        >>> log_plan.exp().sum((-1, -2))
+        tensor([5.])
+    """
+    on_fail = "warn" if iters is None else "ignore"  # who asks for 20 sweeps knows that they are 20
+    if isinstance(alpha, Sequence):
+        _checks.reject("alpha", "one score", _checks.describe(alpha), "Use match_with_dustbin.", TypeError)
+    return match_with_dustbin(scores, alpha, iterations=iters, on_fail=on_fail).log_plan()
+
+
+def _check_metadata(
+    scores: Tensor, dustbin: Dustbin, row_mask: Tensor | None, column_mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Checks; returns the dustbin scores of the rows and of the columns, ready to be expanded."""
+    _checks.real_tensor("scores", scores)
+    if scores.dim() < 2:
+        _checks.reject(
+            "scores", "shape (*batch, N, M)", _checks.describe(scores), "Add the missing dimensions."
+        )
+    batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
+    for name, mask, size in (("row_mask", row_mask, n), ("column_mask", column_mask, m)):
+        if mask is not None:
+            _checks.bool_tensor(name, mask)
+            _checks.same_device(name, mask, scores, "scores")
+            _checks.broadcastable(name, mask, (*batch, size), "one flag per row or column")
+    if isinstance(dustbin, bool) or not isinstance(dustbin, (int, float, Tensor, tuple, list)):
+        _checks.reject(
+            "dustbin",
+            "a number, a tensor, or a pair of tensors",
+            _checks.describe(dustbin),
+            "Pass one score for all, or (rows, columns).",
+            TypeError,
+        )
+    if isinstance(dustbin, (int, float)):
+        one = scores.new_full((), float(dustbin), dtype=torch.float64)
+        return one, one
+    if isinstance(dustbin, Tensor):
+        _check_dustbin("dustbin", dustbin, scores, batch, "one score per problem; a pair is one per keypoint")
+        return dustbin[..., None], dustbin[..., None]
+    if len(dustbin) != 2 or not all(isinstance(part, Tensor) for part in dustbin):
+        _checks.reject(
+            "dustbin",
+            "two tensors",
+            f"{len(dustbin)} items",
+            "Pass (rows, columns), (*batch, N) and (*batch, M).",
+        )
+    rows, columns = dustbin
+    _check_dustbin("dustbin[0]", rows, scores, (*batch, n), "one score per row")
+    _check_dustbin("dustbin[1]", columns, scores, (*batch, m), "one score per column")
+    return rows, columns
+
+
+def _check_dustbin(name: str, value: Tensor, scores: Tensor, shape: Sequence[int], meaning: str) -> None:
+    _checks.real_tensor(name, value)
+    if value.dim() > 0:
+        _checks.same_device(name, value, scores, "scores")
+    _checks.broadcastable(name, value, shape, meaning)

@@ -1,0 +1,64 @@
+"""The scores with their dustbins, and the marginals: from a user's tensors to one transport problem."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Bordered(NamedTuple):
+    """One transport problem: the last row and the last column are the dustbins."""
+
+    scores: Tensor  # (*batch, N + 1, M + 1), 0 where masked
+    a: Tensor  # (*batch, N + 1): 1 for a valid row, last the number of valid columns
+    b: Tensor  # (*batch, M + 1)
+    rows: Tensor  # (*batch, N + 1) bool, the dustbin included
+    columns: Tensor  # (*batch, M + 1) bool
+
+
+def bordered(
+    scores: Tensor, row_bins: Tensor, column_bins: Tensor, row_mask: Tensor | None, column_mask: Tensor | None
+) -> Bordered:
+    """Append the dustbins.
+
+    Args:
+        scores: ``(*batch, N, M)`` float64 or float32.
+        row_bins: Score of leaving a row unmatched, ``(*batch, N)``, same dtype.
+        column_bins: Likewise ``(*batch, M)``.
+        row_mask: ``(*batch, N)`` bool or None.
+        column_mask: ``(*batch, M)`` bool or None.
+
+    Returns:
+        The bordered problem. The corner's score is the mean of the dustbin scores: the mean over the valid rows and
+        the mean over the valid columns, averaged. For a single dustbin score that is this score, as published.
+    """
+    batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
+    rows = _mask(row_mask, (*batch, n), scores)
+    columns = _mask(column_mask, (*batch, m), scores)
+    if row_mask is not None or column_mask is not None:
+        scores = torch.where(rows[..., :, None] & columns[..., None, :], scores, 0)
+        row_bins, column_bins = torch.where(rows, row_bins, 0), torch.where(columns, column_bins, 0)
+    row_count = rows.sum(-1, keepdim=True).to(scores.dtype)
+    column_count = columns.sum(-1, keepdim=True).to(scores.dtype)
+    row_mean = row_bins.sum(-1, keepdim=True) / row_count.clamp_min(1)
+    column_mean = column_bins.sum(-1, keepdim=True) / column_count.clamp_min(1)
+    sides = (row_count > 0).to(scores.dtype) + (column_count > 0).to(scores.dtype)
+    corner = (row_mean + column_mean) / sides.clamp_min(1)
+    top = torch.cat([scores, row_bins[..., None]], -1)
+    bottom = torch.cat([column_bins, corner], -1)[..., None, :]
+    valid = torch.ones_like(corner, dtype=torch.bool)
+    return Bordered(
+        torch.cat([top, bottom], -2),
+        torch.cat([rows.to(scores.dtype), column_count], -1),
+        torch.cat([columns.to(scores.dtype), row_count], -1),
+        torch.cat([rows, valid], -1),
+        torch.cat([columns, valid], -1),
+    )
+
+
+def _mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    if mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=like.device)
+    return mask.expand(shape)
