@@ -26,10 +26,11 @@ def matching_loss(
 
     Args:
         log_plan: (\*batch, N + 1, M + 1), dustbins last, as ``match_with_dustbin(..).log_plan()`` returns it.
-        matches: (\*batch, N) integers: the column of each row, -1 for a row without a partner (its dustbin is right), -2
-            for one whose partner is unknown (no term).
-        column_matches: (\*batch, M) likewise: -1 for a column without a partner, -2 unknown, else its row. Only -1 adds a
-            term (pairs are named by ``matches``). None: every column that no row names is without a partner.
+        matches: (\*batch, N) integers: the column of each row, -1 for a row without a partner (its dustbin is
+            right), -2 for one whose partner is unknown (no term).
+        column_matches: (\*batch, M) likewise: -1 for a column without a partner, -2 unknown, else its row. Only
+            -1 adds a term (pairs are named by ``matches``). None: every column that no row names is without a
+            partner.
         row_mask: (\*batch, N) bool, True = takes part; a masked row has no term.
         column_mask: (\*batch, M), likewise. A true match must not be masked.
         reduction: "mean": over the terms of each problem, then over the problems that have any; "sum" of all; "none":
@@ -100,7 +101,7 @@ def matching_loss(
     return mean.sum() / (count > 0).sum().clamp_min(1)
 
 
-def _indices(name: str, value: Tensor, log_plan: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _indices(name: str, value: object, log_plan: Tensor, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(value, Tensor) or value.is_floating_point() or value.is_complex():
         _checks.reject(name, "an integer tensor", _checks.describe(value), "Pass indices.", TypeError)
     if value.dtype == torch.bool:

@@ -12,6 +12,7 @@ from couplings._autocast import full_precision
 from couplings.matching.dual_softmax import dual_softmax
 from couplings.matching.dustbin import bordered
 from couplings.transport import Coupling, solve
+from couplings.transport.api import positive
 
 METHODS = ("transport", "dual_softmax")
 Dustbin = float | Tensor | Sequence[Tensor]
@@ -68,7 +69,7 @@ def match_with_dustbin(
         >>> scores = torch.tensor([[8.0, 0.0], [0.0, 0.0], [0.0, 9.0]])
         >>> coupling = cp.match_with_dustbin(scores, 2.0)
         >>> coupling.plan()[:, -1].round(decimals=1)  # the second row stays unmatched, the corner balances
-        tensor([0.0000, 0.8000, 0.0000, 2.2000])
+        tensor([0.1000, 1.0000, 0.0000, 1.9000])
     """
     rows, columns = _check_metadata(scores, dustbin, row_mask, column_mask)
     _checks.choice("method", method, METHODS)
@@ -87,6 +88,7 @@ def match_with_dustbin(
                 _checks.reject(
                     "iterations", f"None with method={method!r}", iterations, "It has a closed form."
                 )
+            _check_epsilon(epsilon, scores)
             return dual_softmax(problem, epsilon, work, scores.dtype)
         coupling = solve(
             -problem.scores,
@@ -128,7 +130,7 @@ def log_optimal_transport(scores: Tensor, alpha: float | Tensor, iters: int | No
         >>> import torch, couplings as cp
         >>> log_plan = cp.log_optimal_transport(torch.zeros(1, 3, 2), torch.tensor(1.0), 100)
         >>> log_plan.exp().sum((-1, -2))
-        tensor([5.])
+        tensor([5.0000])
     """
     on_fail = "warn" if iters is None else "ignore"  # who asks for 20 sweeps knows that they are 20
     if isinstance(alpha, Sequence):
@@ -176,6 +178,14 @@ def _check_metadata(
     _check_dustbin("dustbin[0]", rows, scores, (*batch, n), "one score per row")
     _check_dustbin("dustbin[1]", columns, scores, (*batch, m), "one score per column")
     return rows, columns
+
+
+def _check_epsilon(epsilon: float | Tensor, scores: Tensor) -> None:
+    if isinstance(epsilon, Tensor):
+        _checks.real_tensor("epsilon", epsilon)
+        _checks.broadcastable("epsilon", epsilon, scores.shape[:-2], "one epsilon per problem")
+    else:
+        positive("epsilon", epsilon, "Pass epsilon > 0.")
 
 
 def _check_dustbin(name: str, value: Tensor, scores: Tensor, shape: Sequence[int], meaning: str) -> None:

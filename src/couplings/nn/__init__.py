@@ -1,0 +1,34 @@
+"""Thin ``torch.nn.Module`` forms of the operators: settings in the constructor, tensors in the call."""
+
+from couplings.nn.matching import DustbinMatching, MatchingLoss
+from couplings.nn.ordering import SoftPermutation, SoftQuantile, SoftRank, SoftSort
+from couplings.nn.ranking import (
+    AveragePrecisionLoss,
+    KendallLoss,
+    LeastQuantileLoss,
+    NDCGLoss,
+    RecallAtKLoss,
+    SpearmanLoss,
+    TopKLoss,
+    TrimmedLoss,
+)
+from couplings.nn.selection import SoftTopK, SoftTopKMask
+
+__all__ = [
+    "AveragePrecisionLoss",
+    "DustbinMatching",
+    "KendallLoss",
+    "LeastQuantileLoss",
+    "MatchingLoss",
+    "NDCGLoss",
+    "RecallAtKLoss",
+    "SoftPermutation",
+    "SoftQuantile",
+    "SoftRank",
+    "SoftSort",
+    "SoftTopK",
+    "SoftTopKMask",
+    "SpearmanLoss",
+    "TopKLoss",
+    "TrimmedLoss",
+]

@@ -1,0 +1,431 @@
+"""match_with_dustbin and log_optimal_transport: the textbook loop, the blocks, masks, gradients, messages."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import couplings as cp
+from couplings import Status, log_optimal_transport, match_with_dustbin
+
+INF, NAN = float("inf"), float("nan")
+BAR = {torch.float64: 1e-9, torch.float32: 2e-6}
+
+
+def textbook(scores, dustbin, sweeps):
+    """The appendix's loop in log space: border, log marginals, so many sweeps, the normalisation undone."""
+    batch, n, m = scores.shape
+    border = torch.zeros(batch, n + 1, m + 1, dtype=scores.dtype) + dustbin
+    border[:, :n, :m] = scores
+    log_mu = torch.tensor([1.0] * n + [float(m)], dtype=scores.dtype).log() - torch.tensor(float(n + m)).log()
+    log_nu = torch.tensor([1.0] * m + [float(n)], dtype=scores.dtype).log() - torch.tensor(float(n + m)).log()
+    u, v = torch.zeros(batch, n + 1, dtype=scores.dtype), torch.zeros(batch, m + 1, dtype=scores.dtype)
+    for _ in range(sweeps):
+        u = log_mu - torch.logsumexp(border + v[:, None, :], 2)
+        v = log_nu - torch.logsumexp(border + u[:, :, None], 1)
+    return border + u[:, :, None] + v[:, None, :] + torch.tensor(float(n + m)).log()
+
+
+def draw(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def flags(*shape, seed=0, part=0.7):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < part
+
+
+def marginal_error(plan, rows, columns):
+    """L1 error of both marginals from the masks alone, in float64."""
+    plan, rows, columns = plan.double(), rows.double(), columns.double()
+    a = torch.cat([rows, columns.sum(-1, keepdim=True)], -1)
+    b = torch.cat([columns, rows.sum(-1, keepdim=True)], -1)
+    return (plan.sum(-1) - a).abs().sum(-1) + (plan.sum(-2) - b).abs().sum(-1)
+
+
+# ---- the published layer
+
+
+@pytest.mark.parametrize("sweeps", [1, 2, 3, 10, 37, 100])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 7), (3, 7, 5), (1, 1, 9), (4, 40, 31), (1, 120, 128)])
+def test_fixed_sweeps_are_the_published_loop(shape, sweeps):
+    scores, alpha = 5 * draw(*shape), torch.tensor(1.3, dtype=torch.float64)
+    expected = textbook(scores, alpha, sweeps)
+    torch.testing.assert_close(log_optimal_transport(scores, alpha, sweeps), expected, rtol=0, atol=1e-6)
+    single = log_optimal_transport(scores.float(), alpha.float(), sweeps)
+    torch.testing.assert_close(
+        single.double(), textbook(scores.float().double(), 1.3, sweeps), rtol=0, atol=1e-5
+    )
+
+
+def test_half_precision_is_solved_in_float32():
+    scores = (5 * draw(2, 6, 9)).bfloat16()
+    out = log_optimal_transport(scores, torch.tensor(1.0), 20)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, textbook(scores.double(), 1.0, 20).bfloat16(), rtol=0, atol=0.0)
+
+
+def test_unrolled_gradient_of_the_fixed_sweeps():
+    scores = draw(2, 4, 6).requires_grad_()
+    alpha = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    weight = draw(2, 5, 7, seed=1)
+    ours = torch.autograd.grad((log_optimal_transport(scores, alpha, 3) * weight).sum(), (scores, alpha))
+    theirs = torch.autograd.grad((textbook(scores, alpha, 3) * weight).sum(), (scores, alpha))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_certified_is_where_the_loop_goes(dtype):
+    scores = (2 * draw(3, 12, 9)).to(dtype)
+    expected = textbook(scores.double(), 1.0, 3000)
+    out = log_optimal_transport(scores, torch.tensor(1.0, dtype=dtype), None)
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-8 if dtype == torch.float64 else 1e-5)
+
+
+# ---- the certificate
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("std", [1.0, 5.0, 20.0, 40.0])
+@pytest.mark.parametrize("offset", [-100.0, 0.0, 100.0])
+@pytest.mark.parametrize("shape", [(8, 8), (9, 30), (128, 100)])
+def test_certified_at_every_scale(shape, offset, std, dtype):
+    n, m = shape
+    scores = (std * draw(n, m) + offset).to(dtype)
+    coupling = match_with_dustbin(scores, 1.0, on_fail="raise")
+    bar = BAR[dtype] * (n + m)
+    plan = coupling.plan().double()
+    measured = marginal_error(plan, torch.ones(n), torch.ones(m))
+    assert coupling.residual <= bar
+    assert measured <= bar
+    torch.testing.assert_close(coupling.residual, measured, rtol=0, atol=3e-7 * (n + m))
+    matched = plan[:-1, :-1].sum()
+    blocks = torch.stack([matched, plan[:-1, -1].sum(), plan[-1, :-1].sum(), plan[-1, -1]])
+    expected = torch.stack([matched, n - matched, m - matched, matched])
+    torch.testing.assert_close(blocks, expected, rtol=0, atol=1e-6 * (n + m))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("std", [1.0, 10.0, 40.0])
+@pytest.mark.parametrize("shape", [(512, 500), (2048, 1700)])
+def test_certified_at_the_sizes_of_images(shape, std, dtype):
+    for offset in (-100.0, 0.0, 100.0):
+        coupling = match_with_dustbin((std * draw(*shape) + offset).to(dtype), 1.0, on_fail="raise")
+        assert marginal_error(coupling.plan(), *map(torch.ones, shape)) <= BAR[dtype] * sum(shape)
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize("method", ["transport", "dual_softmax"])
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("pair", [False, True])
+def test_masked_is_unpadded(pair, dtype, atol, method):
+    scores = (5 * draw(3, 12, 17)).to(dtype)
+    rows, columns = flags(3, 12), flags(3, 17, seed=1)
+    bins = (
+        (draw(3, 12, seed=2).to(dtype), draw(3, 17, seed=3).to(dtype))
+        if pair
+        else torch.tensor(1.0, dtype=dtype)
+    )
+    scores = scores.masked_fill(~rows[..., None], NAN).masked_fill(~columns[..., None, :], INF)
+    coupling = match_with_dustbin(scores, bins, row_mask=rows, column_mask=columns, method=method)
+    assert (coupling.status == Status.CONVERGED).all()
+    for i in range(3):
+        row, column = rows[i], columns[i]
+        dustbin = (bins[0][i][row], bins[1][i][column]) if pair else bins
+        alone = match_with_dustbin(scores[i][row][:, column], dustbin, method=method).plan()
+        row, column = torch.cat([row, torch.ones(1) > 0]), torch.cat([column, torch.ones(1) > 0])
+        plan = coupling.plan()[i]
+        torch.testing.assert_close(plan[row][:, column], alone, rtol=0, atol=atol)
+        assert (plan[~row] == 0).all()
+        assert (plan[:, ~column] == 0).all()
+        assert (coupling.log_plan()[i][~row] == -INF).all()
+
+
+@pytest.mark.parametrize("method", ["transport", "dual_softmax"])
+def test_no_valid_row_and_nothing_valid(method):
+    scores = draw(3, 4, 5).requires_grad_()
+    bin_score = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    rows = torch.tensor([[False] * 4, [False] * 4, [True] * 4])
+    columns = torch.tensor([[True] * 5, [False] * 5, [False] * 5])
+    coupling = match_with_dustbin(scores, bin_score, row_mask=rows, column_mask=columns, method=method)
+    plan = coupling.plan()
+    torch.testing.assert_close(plan[0, -1, :-1], torch.ones(5, dtype=torch.float64))
+    assert plan[0, -1, -1] == 0
+    assert (plan[1] == 0).all()
+    torch.testing.assert_close(plan[2, :-1, -1], torch.ones(4, dtype=torch.float64))
+    log_plan = coupling.log_plan()
+    assert (cp.mutual_matches(log_plan, 0.0).indices == -1).all()
+    loss = cp.losses.matching_loss(log_plan, torch.full((3, 4), -1), row_mask=rows, column_mask=columns)
+    gradients = torch.autograd.grad(loss, (scores, bin_score))
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (2, 3, 0), (2, 0, 0), (0, 3, 4)])
+@pytest.mark.parametrize("method", ["transport", "dual_softmax"])
+def test_empty_sides(shape, method):
+    scores = torch.zeros(shape)
+    coupling = match_with_dustbin(scores, 1.0, method=method)
+    plan = coupling.plan()
+    batch, n, m = shape
+    assert plan.shape == (batch, n + 1, m + 1)
+    total = torch.full((batch,), float(n + m))
+    torch.testing.assert_close(plan.sum((-1, -2)), total)
+    assert cp.mutual_matches(coupling.log_plan()).indices.shape == (batch, n)
+
+
+def test_nan_stays_in_its_problem():
+    scores = draw(3, 6, 5)
+    clean = match_with_dustbin(scores, 1.0).plan()
+    scores[1, 2, 2] = NAN
+    for method in ("transport", "dual_softmax"):
+        coupling = match_with_dustbin(scores, 1.0, on_fail="ignore", method=method)
+        assert coupling.plan()[1].isnan().any()
+        assert coupling.status.tolist() == [Status.CONVERGED, Status.NONFINITE, Status.CONVERGED]
+        assert not coupling.plan()[[0, 2]].isnan().any()
+    torch.testing.assert_close(
+        match_with_dustbin(scores, 1.0, on_fail="ignore").plan()[[0, 2]], clean[[0, 2]], rtol=0, atol=0
+    )
+
+
+def test_forbidden_pairs():
+    scores = draw(4, 4)
+    scores[0, 1] = -INF
+    plan = match_with_dustbin(scores, 0.0, on_fail="raise").plan()
+    assert plan[0, 1] == 0
+    assert marginal_error(plan, torch.ones(4), torch.ones(4)) <= 1e-9
+
+
+# ---- dustbins
+
+
+def test_a_pair_of_equal_scores_is_one_score():
+    scores = draw(2, 6, 9)
+    pair = (torch.full((6,), 0.3, dtype=torch.float64), torch.full((9,), 0.3, dtype=torch.float64))
+    one = match_with_dustbin(scores, 0.3).plan()
+    torch.testing.assert_close(match_with_dustbin(scores, pair).plan(), one, rtol=0, atol=1e-12)
+    per_item = torch.full((2,), 0.3, dtype=torch.float64)
+    torch.testing.assert_close(match_with_dustbin(scores, per_item).plan(), one, rtol=0, atol=1e-12)
+
+
+def test_a_row_with_a_high_bin_stays_unmatched():
+    scores = torch.full((3, 3), 1.0, dtype=torch.float64)
+    bins = (torch.tensor([0.0, 30.0, 0.0], dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
+    plan = match_with_dustbin(scores, bins).plan()
+    assert plan[1, -1] > 0.99
+    assert plan[0, -1] < 0.9
+
+
+@given(n=st.integers(1, 6), m=st.integers(1, 6), shift=st.floats(-50, 50))
+def test_shift_and_permutation(n, m, shift):
+    scores = 3 * torch.randn(n, m, dtype=torch.float64)
+    before = match_with_dustbin(scores, 0.5).plan()
+    moved = match_with_dustbin(scores + shift, 0.5 + shift).plan()
+    torch.testing.assert_close(moved, before, rtol=0, atol=1e-9)
+    order, turn = torch.randperm(n), torch.randperm(m)
+    out = match_with_dustbin(scores[order][:, turn], 0.5).plan()
+    expected = before[torch.cat([order, torch.tensor([n])])][:, torch.cat([turn, torch.tensor([m])])]
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-9)
+
+
+def test_other_problems_do_not_change_a_bit():
+    scores = 5 * draw(4, 20, 30)
+    one = match_with_dustbin(scores, 1.0).plan()
+    scores[1:] = 30 * draw(3, 20, 30, seed=5)
+    torch.testing.assert_close(match_with_dustbin(scores, 1.0).plan()[0], one[0], rtol=0, atol=0)
+
+
+def test_dual_softmax_is_lightglue_and_loftr():
+    scores, rows, columns = draw(2, 5, 7), draw(2, 5, seed=1), draw(2, 7, seed=2)
+    plan = match_with_dustbin(scores, (rows, columns), method="dual_softmax").plan()
+    both = scores.softmax(-1) * scores.softmax(-2)
+    matchable = (-rows).sigmoid()[..., None] * (-columns).sigmoid()[..., None, :]
+    torch.testing.assert_close(plan[:, :-1, :-1], both * matchable)
+    torch.testing.assert_close(plan[:, :-1, -1], rows.sigmoid())
+    torch.testing.assert_close(plan[:, -1, :-1], columns.sigmoid())
+    bare = match_with_dustbin(scores, -INF, method="dual_softmax", epsilon=0.1).plan()
+    torch.testing.assert_close(bare[:, :-1, :-1], (scores / 0.1).softmax(-1) * (scores / 0.1).softmax(-2))
+    assert (bare[:, -1] == 0).all()
+
+
+def test_dual_softmax_solves_no_dual():
+    coupling = match_with_dustbin(draw(3, 3), 0.0, method="dual_softmax")
+    assert coupling.check() is coupling
+    with pytest.raises(AttributeError, match="dual_softmax"):
+        _ = coupling.potentials
+
+
+# ---- gradients
+
+
+@pytest.mark.parametrize("method", ["transport", "dual_softmax"])
+@pytest.mark.parametrize("epsilon", [1.0, 0.1])
+def test_gradients_of_scores_dustbins_and_epsilon(epsilon, method):
+    scores = (0.3 * draw(2, 3, 4)).requires_grad_()
+    bins = (
+        (0.3 * draw(2, 3, seed=1)).requires_grad_(),
+        (0.3 * draw(4, seed=2)).requires_grad_(),
+    )
+    eps = torch.tensor(epsilon, dtype=torch.float64, requires_grad=True)
+
+    def plan(scores, rows, columns, eps):
+        return match_with_dustbin(scores, (rows, columns), epsilon=eps, method=method).plan()
+
+    assert torch.autograd.gradcheck(plan, (scores, *bins, eps), atol=1e-6)
+    assert torch.autograd.gradgradcheck(plan, (scores, *bins, eps), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["transport", "dual_softmax"])
+def test_gradients_under_masks(method):
+    scores, rows, columns = draw(2, 4, 5).requires_grad_(), flags(2, 4), flags(2, 5, seed=3)
+
+    def loss(scores, bins):
+        plan = match_with_dustbin(scores, bins, row_mask=rows, column_mask=columns, method=method).log_plan()
+        return cp.losses.matching_loss(plan, torch.full((2, 4), -1), row_mask=rows, column_mask=columns)
+
+    bins = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, (scores, bins), atol=1e-6)
+    (gradient,) = torch.autograd.grad(loss(scores, bins), scores)
+    assert (gradient[~rows] == 0).all()
+    assert (gradient.mT[~columns] == 0).all()
+
+
+def test_certified_gradient_is_the_long_loops():
+    scores = (2 * draw(1, 6, 5)).requires_grad_()
+    alpha = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    weight = draw(1, 7, 6, seed=1)
+    ours = torch.autograd.grad(
+        (log_optimal_transport(scores, alpha, None).exp() * weight).sum(), (scores, alpha)
+    )
+    theirs = torch.autograd.grad((textbook(scores, alpha, 1500).exp() * weight).sum(), (scores, alpha))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_vmap_grad_and_compile():
+    scores = draw(3, 4, 5)
+
+    def loss(scores):
+        return match_with_dustbin(scores, 0.5, on_fail="ignore").plan().square().sum()
+
+    expected = torch.stack([torch.func.grad(loss)(s) for s in scores])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(scores), expected)
+    torch.testing.assert_close(torch.func.jacrev(loss)(scores[0]), expected[0])
+
+    def layer(scores):
+        return log_optimal_transport(scores, 0.5, None)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(scores), layer(scores))
+
+
+def test_autocast_does_not_lower_the_precision():
+    scores = draw(2, 20, 30, dtype=torch.float32)
+    expected = match_with_dustbin(scores, 1.0).plan()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(match_with_dustbin(scores, 1.0).plan(), expected, rtol=0, atol=0)
+
+
+# ---- modules
+
+
+def test_modules_learn_their_dustbin_and_survive_pickling():
+    layer, loss = cp.nn.DustbinMatching(2.0), cp.nn.MatchingLoss()
+    scores = draw(2, 4, 5, dtype=torch.float32)
+    rows = flags(2, 4)
+    out = loss(layer(scores, row_mask=rows), torch.full((2, 4), -1), row_mask=rows)
+    out.backward()
+    assert layer.dustbin.grad < 0  # nothing matches: a higher bin lowers the loss
+    again = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    torch.testing.assert_close(again(scores), layer(scores), rtol=0, atol=0)
+    again.load_state_dict(layer.state_dict())
+    assert "method='transport'" in repr(layer)
+
+
+# ---- reading a plan
+
+
+def test_mutual_matches_by_brute_force():
+    log_plan = draw(4, 7, 9)
+    indices, confidence = cp.mutual_matches(log_plan, 0.9)
+    for b in range(4):
+        inner = log_plan[b, :-1, :-1]
+        for i in range(6):
+            j = int(inner[i].argmax())
+            good = int(inner[:, j].argmax()) == i and inner[i, j].exp() > 0.9
+            assert indices[b, i] == (j if good else -1)
+            assert confidence[b, i] == (inner[i, j].exp() if good else 0)
+
+
+def test_mutual_matches_of_nan_ties_and_masks():
+    plan = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])
+    assert cp.mutual_matches(plan).indices.tolist() == [[0, -1]]  # first of equals
+    assert cp.mutual_matches(plan * NAN).indices.tolist() == [[-1, -1]]
+    assert cp.mutual_matches(torch.full((1, 3, 3), -INF), 0.0).indices.tolist() == [[-1, -1]]
+
+
+# ---- bad input
+
+SCORES = torch.zeros(2, 3, 4)
+BAD = {
+    "a list": (lambda: match_with_dustbin([[1.0]], 1.0), TypeError, "scores: expected a floating-point"),
+    "integers": (lambda: match_with_dustbin(torch.ones(2, 2, dtype=torch.int64), 1.0), TypeError, "scores"),
+    "complex": (lambda: match_with_dustbin(SCORES + 1j, 1.0), TypeError, "scores"),
+    "one dimension": (lambda: match_with_dustbin(torch.ones(3), 1.0), ValueError, "N, M"),
+    "dustbin type": (lambda: match_with_dustbin(SCORES, "1"), TypeError, "dustbin"),
+    "dustbin bool": (lambda: match_with_dustbin(SCORES, True), TypeError, "dustbin"),
+    "dustbin shape": (lambda: match_with_dustbin(SCORES, torch.zeros(3)), ValueError, "dustbin"),
+    "dustbin triple": (lambda: match_with_dustbin(SCORES, (torch.zeros(3),) * 3), ValueError, "two tensors"),
+    "dustbin rows": (
+        lambda: match_with_dustbin(SCORES, (torch.zeros(4), torch.zeros(4))),
+        ValueError,
+        r"dustbin\[0\]",
+    ),
+    "mask dtype": (
+        lambda: match_with_dustbin(SCORES, 1.0, row_mask=torch.ones(2, 3)),
+        TypeError,
+        "row_mask: expected a bool",
+    ),
+    "mask shape": (
+        lambda: match_with_dustbin(SCORES, 1.0, column_mask=torch.ones(2, 3) > 0),
+        ValueError,
+        "column_mask",
+    ),
+    "mask device": (
+        lambda: match_with_dustbin(SCORES, 1.0, row_mask=torch.ones(2, 3, device="meta") > 0),
+        ValueError,
+        "row_mask",
+    ),
+    "method": (lambda: match_with_dustbin(SCORES, 1.0, method="sinkhorn"), ValueError, "dual_softmax"),
+    "epsilon": (lambda: match_with_dustbin(SCORES, 1.0, epsilon=0.0), ValueError, "epsilon"),
+    "epsilon dual": (
+        lambda: match_with_dustbin(SCORES, 1.0, epsilon=-1.0, method="dual_softmax"),
+        ValueError,
+        "epsilon",
+    ),
+    "iterations": (lambda: match_with_dustbin(SCORES, 1.0, iterations=0), ValueError, "iterations"),
+    "iterations dual": (
+        lambda: match_with_dustbin(SCORES, 1.0, iterations=3, method="dual_softmax"),
+        ValueError,
+        "closed form",
+    ),
+    "on_fail": (lambda: match_with_dustbin(SCORES, 1.0, on_fail="ignored"), ValueError, "on_fail"),
+    "alpha pair": (lambda: log_optimal_transport(SCORES, [1.0], 3), TypeError, "alpha"),
+    "iters": (lambda: log_optimal_transport(SCORES, 1.0, 0), ValueError, "iterations"),
+    "threshold": (lambda: cp.mutual_matches(SCORES, -1.0), ValueError, "threshold"),
+    "threshold type": (lambda: cp.mutual_matches(SCORES, "a"), TypeError, "threshold"),
+    "log plan": (lambda: cp.mutual_matches(torch.zeros(0, 3)), ValueError, "log_plan"),
+    "log plan type": (lambda: cp.mutual_matches(3.0), TypeError, "log_plan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        call()
