@@ -11,7 +11,7 @@ from torch import Tensor
 
 def border(scores: Tensor, dustbin: float) -> tuple[Tensor, Tensor, Tensor]:
     """The scores with their dustbins and the log marginals of mass 1, ``(B, N, M) -> (B, N + 1, M + 1)``."""
-    batch, n, m = scores.shape
+    n, m = scores.shape[1:]
     bordered = torch.nn.functional.pad(scores, (0, 1, 0, 1), value=dustbin)
     mu, nu = scores.new_ones(n + 1), scores.new_ones(m + 1)
     mu[-1], nu[-1] = m, n
