@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from couplings import losses, nn, testing
+from couplings import beam, losses, nn, testing
 from couplings.matching import log_optimal_transport, match_with_dustbin, mutual_matches
 from couplings.ordering import (
     OrderCertificate,
@@ -26,6 +26,7 @@ __all__ = [
     "Coupling",
     "OrderCertificate",
     "Status",
+    "beam",
     "log_optimal_transport",
     "losses",
     "match_with_dustbin",
