@@ -3,6 +3,7 @@
 from importlib.metadata import version as _version
 
 from couplings import beam, losses, nn, testing
+from couplings.attention import topk_attention
 from couplings.matching import log_optimal_transport, match_with_dustbin, mutual_matches
 from couplings.ordering import (
     OrderCertificate,
@@ -45,5 +46,6 @@ __all__ = [
     "soft_topk_mask",
     "solve",
     "testing",
+    "topk_attention",
     "wasserstein_1d",
 ]

@@ -1,5 +1,6 @@
 """Thin ``torch.nn.Module`` forms of the operators: settings in the constructor, tensors in the call."""
 
+from couplings.nn.attention import TopKAttention
 from couplings.nn.matching import DustbinMatching, MatchingLoss
 from couplings.nn.ordering import SoftPermutation, SoftQuantile, SoftRank, SoftSort
 from couplings.nn.ranking import (
@@ -29,6 +30,7 @@ __all__ = [
     "SoftTopK",
     "SoftTopKMask",
     "SpearmanLoss",
+    "TopKAttention",
     "TopKLoss",
     "TrimmedLoss",
 ]
