@@ -92,6 +92,7 @@ def test_a_wide_beam_finds_the_best_of_all():
     torch.testing.assert_close(found.log_likelihoods[0].exp().sum(), torch.ones((), dtype=torch.float64))
 
 
+@torch.no_grad()
 def test_one_beam_is_greedy():
     model = Recurrent()
     state = model.initial(2)
@@ -136,6 +137,7 @@ def test_small_epsilon_approaches_beam_search():
     torch.testing.assert_close(found.log_likelihoods, expected.log_likelihoods, rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
 def test_gold_along_the_path():
     model = Recurrent()
     state, gold = model.initial(3), torch.randint(5, (3, 4))
@@ -249,7 +251,7 @@ def test_two_steps_learn_what_teacher_forcing_cannot_see():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        values.append(float(loss))
+        values.append(loss.item())
     assert values[-1] < 0.1 * values[0]
     found = beam_search(model, model.embeddings, state, start=0, beam=3, max_length=3)
     assert torch.equal(found.tokens[:, 0], gold)

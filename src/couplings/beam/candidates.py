@@ -35,7 +35,7 @@ def choose(total: Tensor, k: int) -> Tensor:
     return listed.gather(-1, _leading(total.gather(-1, listed), k))
 
 
-def choose_softly(total: Tensor, k: int, epsilon: float | None, hard: bool) -> Chosen:
+def choose_softly(total: Tensor, k: int, epsilon: float | None, hard: bool = False) -> Chosen:
     """Sorted SOFT top-k of ``total`` (batch, n), -inf = cannot be chosen.
 
     It is computed on the largest entries only. The indicator's mass falls with the score, and leaving others out can
@@ -43,14 +43,15 @@ def choose_softly(total: Tensor, k: int, epsilon: float | None, hard: bool) -> C
     lost. The list grows until that is at most ``LOST``. Scores are standardised over the whole row.
     """
     n = total.shape[-1]
-    standard = _standardized(total)
     valid = total.detach() > -torch.inf
+    count = valid.sum(-1, keepdim=True)
+    standard = _standardized(total, valid, count)
     length = min(n, k * FIRST)
     while True:
         listed = short_list(total, length)
         x, mask = standard.gather(-1, listed), valid.gather(-1, listed)
         _, weights = soft_topk(x, k, epsilon=epsilon, standardize=False, mask=mask)
-        if length == n or epsilon == 0 or not _loses(weights, x, mask, valid):
+        if length == n or epsilon == 0 or not _loses(weights, x, mask, count):
             break
         length = min(n, 4 * length)
     if epsilon != 0 and not hard:
@@ -68,19 +69,18 @@ def _leading(values: Tensor, k: int) -> Tensor:
     return values.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def _loses(weights: Tensor, x: Tensor, mask: Tensor, valid: Tensor) -> bool:
+def _loses(weights: Tensor, x: Tensor, mask: Tensor, count: Tensor) -> bool:
     """Whether what the list leaves out could hold more than ``LOST``; True where values may not be looked at."""
     least = x.detach().masked_fill(~mask, torch.inf).argmin(-1, keepdim=True)
-    left = valid.sum(-1) - mask.sum(-1)
-    mass = weights.detach().sum(-2).gather(-1, least)[..., 0]
+    left = count - mask.sum(-1, keepdim=True)
+    mass = weights.detach().sum(-2).gather(-1, least)
     return seen(mass * left > LOST) is not False
 
 
-def _standardized(total: Tensor) -> Tensor:
+def _standardized(total: Tensor, valid: Tensor, count: Tensor) -> Tensor:
     """Scores below the row's largest in units of the row's standard deviation; 0 for what cannot be chosen."""
-    valid = total.detach() > -torch.inf
     x = torch.where(valid, total - total.detach().amax(-1, keepdim=True), 0)
-    count = valid.sum(-1, keepdim=True).clamp_min(1)
+    count = count.clamp_min(1)
     mean = x.sum(-1, keepdim=True) / count
     square = torch.where(valid, x - mean, 0).square().sum(-1, keepdim=True) / count
     level = square.detach() == 0
