@@ -4,7 +4,14 @@ from importlib.metadata import version as _version
 
 from couplings import beam, losses, nn, testing
 from couplings.attention import topk_attention
-from couplings.matching import log_optimal_transport, match_with_dustbin, mutual_matches
+from couplings.matching import (
+    gumbel_sinkhorn,
+    hard_assignment,
+    log_optimal_transport,
+    match_with_dustbin,
+    mutual_matches,
+    sinkhorn_normalize,
+)
 from couplings.ordering import (
     OrderCertificate,
     order_certificate,
@@ -28,6 +35,8 @@ __all__ = [
     "OrderCertificate",
     "Status",
     "beam",
+    "gumbel_sinkhorn",
+    "hard_assignment",
     "log_optimal_transport",
     "losses",
     "match_with_dustbin",
@@ -35,6 +44,7 @@ __all__ = [
     "nn",
     "order_certificate",
     "quantile_normalize",
+    "sinkhorn_normalize",
     "soft_median",
     "soft_permutation",
     "soft_quantile",

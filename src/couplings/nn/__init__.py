@@ -1,7 +1,7 @@
 """Thin ``torch.nn.Module`` forms of the operators: settings in the constructor, tensors in the call."""
 
 from couplings.nn.attention import TopKAttention
-from couplings.nn.matching import DustbinMatching, MatchingLoss
+from couplings.nn.matching import DustbinMatching, GumbelSinkhorn, MatchingLoss, SinkhornNormalize
 from couplings.nn.ordering import SoftPermutation, SoftQuantile, SoftRank, SoftSort
 from couplings.nn.ranking import (
     AveragePrecisionLoss,
@@ -18,11 +18,13 @@ from couplings.nn.selection import SoftTopK, SoftTopKMask
 __all__ = [
     "AveragePrecisionLoss",
     "DustbinMatching",
+    "GumbelSinkhorn",
     "KendallLoss",
     "LeastQuantileLoss",
     "MatchingLoss",
     "NDCGLoss",
     "RecallAtKLoss",
+    "SinkhornNormalize",
     "SoftPermutation",
     "SoftQuantile",
     "SoftRank",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from couplings import losses
-from couplings.matching import match_with_dustbin
+from couplings.matching import gumbel_sinkhorn, match_with_dustbin, sinkhorn_normalize
 
 
 class DustbinMatching(nn.Module):
@@ -92,4 +92,60 @@ class MatchingLoss(nn.Module):
             row_mask=row_mask,
             column_mask=column_mask,
             reduction=self.reduction,
+        )
+
+
+class SinkhornNormalize(nn.Module):
+    r"""``sinkhorn_normalize`` as a module: logits to a doubly stochastic matrix.
+
+    Args:
+        iterations: as in ``couplings.sinkhorn_normalize``.
+
+    Example:
+        >>> import torch
+        >>> SinkhornNormalize()(torch.tensor([[2.0, 0.0], [1.0, 1.0]]))
+        tensor([[0.7311, 0.2689],
+                [0.2689, 0.7311]])
+    """
+
+    def __init__(self, *, iterations: int | None = None) -> None:
+        super().__init__()
+        self.iterations = iterations
+
+    def extra_repr(self) -> str:
+        return f"iterations={self.iterations}"
+
+    def forward(self, logits: Tensor) -> Tensor:
+        r"""logits (\*batch, n, m) -> the same shape."""
+        return sinkhorn_normalize(logits, iterations=self.iterations)
+
+
+class GumbelSinkhorn(nn.Module):
+    r"""``gumbel_sinkhorn`` as a module: noisy doubly stochastic matrices in training, without noise in evaluation.
+
+    Args:
+        epsilon, noise, iterations: as in ``couplings.gumbel_sinkhorn``.
+
+    Example:
+        >>> import torch
+        >>> layer = GumbelSinkhorn(0.5)
+        >>> layer.eval()(torch.tensor([[1.0, 0.0], [0.5, 0.5]]))
+        tensor([[0.7311, 0.2689],
+                [0.2689, 0.7311]])
+    """
+
+    def __init__(self, epsilon: float, *, noise: float = 1.0, iterations: int | None = None) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.noise = noise
+        self.iterations = iterations
+
+    def extra_repr(self) -> str:
+        return f"epsilon={self.epsilon}, noise={self.noise}, iterations={self.iterations}"
+
+    def forward(self, scores: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        r"""scores (\*batch, n, n) -> the same shape."""
+        noise = self.noise if self.training else 0.0
+        return gumbel_sinkhorn(
+            scores, epsilon=self.epsilon, noise=noise, generator=generator, iterations=self.iterations
         )
