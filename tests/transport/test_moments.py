@@ -8,6 +8,7 @@ import torch
 
 from couplings.testing import score_rows
 from couplings.testing.ordering import ordered_plan
+from couplings.transport import moments
 from couplings.transport.ordered import order
 
 KINDS = (
@@ -119,6 +120,36 @@ def test_against_the_whole_plan_1500_all(kind, epsilon, dtype):
 )
 def test_against_the_whole_plan_4000(kind, epsilon, dtype):
     check(kind, 4000, epsilon, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("epsilon", [1e-1, 1e-3])
+@pytest.mark.parametrize("kind", ["normal", "heavy", "clustered", "tied", "constant"])
+def test_long_rows_against_the_whole_plan(kind, epsilon, dtype, monkeypatch):
+    """Through fine boxes, even targets through a grid; the gradient as without them."""
+    n = 700
+    x, points, std, ranks, values = problem(kind, n, epsilon)
+    points = points.clone().requires_grad_()
+    y, b = even(n)
+    ends = torch.tensor([[1.0, n]], dtype=torch.float64)
+    width = torch.tensor([[epsilon]], dtype=torch.float64)
+
+    def solved(precision):
+        moments._even_targets.cache_clear()
+        row = (t[None] for t in (points, b, y, b))
+        return order(*row, ends, x[None, :, None], width, 2.0, precision, even=True, straight=True)
+
+    exact = solved(torch.float64)
+    monkeypatch.setattr(moments, "LONG", 500)
+    monkeypatch.setattr(moments, "FINE", 1024)
+    found = solved(dtype)
+    moments._even_targets.cache_clear()
+    compare(found[0][0].double(), found[1][0, :, 0].double(), ranks, values, std, n, dtype)
+    cotangents = [torch.randn(t.shape, dtype=torch.float64) for t in exact]
+    (mine,) = torch.autograd.grad(found, points, [t.to(dtype) for t in cotangents])
+    (expected,) = torch.autograd.grad(exact, points, cotangents)
+    bar = 1e-6 if dtype == torch.float64 else 2e-5
+    assert float((mine - expected).abs().max()) <= bar * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -6,7 +6,7 @@ import torch
 from couplings.testing import score_rows
 from couplings.transport import nodes
 from couplings.transport.nodes import Boxes as AnyBoxes
-from couplings.transport.nodes import Cells, Chained, Exact, Shared
+from couplings.transport.nodes import Cells, Chained, Exact, Grid, Shared
 
 DEGREE = 7
 KINDS = ("normal", "uniform", "heavy", "clustered", "tied", "outlier", "geometric", "constant")
@@ -159,6 +159,67 @@ def test_pieces_like_the_whole(layout, rows, even, monkeypatch):
         assert torch.equal(pieces.live, whole.live)
         torch.testing.assert_close(pieces.spread(weight), whole.spread(weight), atol=1e-12, rtol=0)
         torch.testing.assert_close(pieces.interpolate(value), whole.interpolate(value), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("degree", [2, 3, 4, 5])
+@pytest.mark.parametrize("d", [1, 3, 6])
+@kinds
+def test_powers_like_chebyshev(degree, d, kind, monkeypatch):
+    """The few first degrees have a basis of their own."""
+    points = score_rows(kind, 3, 150, seed=3)
+    found = []
+    for powers in (0, 99):
+        monkeypatch.setattr(nodes, "POWERS", powers)
+        side = Boxes(points, 5, degree)
+        weight = torch.rand(3, 150, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        value = torch.randn(3, 5 * degree, d, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        even = weight[:, :1, :1].expand(3, 150, 1)
+        found.append((side.spread(weight), side.interpolate(value), side.spread(even)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("degree", [4, DEGREE])
+@pytest.mark.parametrize("single", [False, True])
+def test_contract_like_interpolate(degree, single):
+    points = score_rows("normal", 3, 150, seed=3)
+    side = Boxes(points, 5, degree, single=single)
+    value = torch.randn(3, 5 * degree, 4, dtype=torch.float64)
+    weights = [torch.randn(3, 150, dtype=torch.float64) for _ in range(4)]
+    weights[1], weights[3] = (torch.rand(3, 1, dtype=torch.float64).expand(3, 150) for _ in range(2))
+    expected = (side.interpolate(value, double=True) * torch.stack(weights, -1)).sum(-1)
+    found = side.contract(value, weights)
+    assert found.dtype == (torch.float32 if single else torch.float64)
+    torch.testing.assert_close(found.double(), expected, atol=2e-5 if single else 1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("degree", [4, DEGREE])
+@pytest.mark.parametrize("d", [1, 6])
+@pytest.mark.parametrize("places", [1, 2, 5, 64, 65, 150, 1000])
+def test_grid_like_boxes(places, degree, d):
+    """Even places, a box's worth of them at a time: the operators of boxes over the same places."""
+    grid = Grid(places, 16, degree, torch.device("cpu"))
+    points = torch.arange(places, dtype=torch.float64)[None] / max(1, places - 1)
+    assert torch.equal(grid.points, points)
+    assert grid.count <= 16
+    assert grid.live.all()
+    assert float(grid.high) >= 1
+    weight = torch.randn(1, places, d, dtype=torch.float64)
+    value = torch.randn(1, grid.count * degree, d, dtype=torch.float64)
+    spread, between = grid.spread(weight), grid.interpolate(value)
+    left, right = (spread * value).sum(), (weight * between).sum()
+    torch.testing.assert_close(left, right, atol=1e-11, rtol=1e-12)
+    if places > 1:
+        # half a step to the left, so that rounding puts no place into another box; the polynomials are the same
+        step = 0.5 / (places - 1)
+        boxes = Boxes(points, grid.count, degree, ends=(grid.low - step, grid.high - step))
+        power = torch.arange(degree)
+        there, here = (nodes_.unsqueeze(-1) ** power for nodes_ in (boxes.nodes, grid.nodes))
+        torch.testing.assert_close(boxes.interpolate(there), grid.interpolate(here), atol=1e-11, rtol=0)
+    torch.testing.assert_close(spread.sum(1), weight.sum(1), atol=1e-11, rtol=0)
+    single = Grid(places, 16, degree, torch.device("cpu"), single=True).interpolate(value)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), between, atol=2e-5, rtol=0)
 
 
 def test_more_points_than_a_piece():

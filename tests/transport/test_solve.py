@@ -58,6 +58,46 @@ def test_large_problem_where_sinkhorn_is_not_there(make):
     assert coupling.residual <= 1e-9
 
 
+@pytest.mark.parametrize("offset", [-100.0, 100.0])
+@pytest.mark.parametrize("std", [1.0, 40.0])
+@pytest.mark.parametrize(("n", "m"), [(8, 8), (130, 129), (60, 400), (257, 200)])
+def test_offsets_and_uneven_masses(n, m, std, offset):
+    # 130 x 129 and more begin in float32; logits of 100 leave 4e-6 of a float32 unless differences come first
+    cost, a, b = dustbin_problem(n, m, std)
+    cost = cost - offset
+    cost[0] += 3 * offset
+    a[1], a[2] = a[1] + 0.99 * a[2], 0.01 * a[2]
+    for tolerance in (None, 2e-6):
+        coupling = solve(
+            cost.float(), a.float(), b.float(), epsilon=1.0, tolerance=tolerance, on_fail="raise"
+        )
+        assert (
+            marginal_error(coupling.plan(), a.float(), b.float() * a.float().sum() / b.float().sum()) <= 2e-6
+        )
+    exact = solve(cost, a, b, epsilon=1.0, on_fail="raise")
+    assert marginal_error(exact.plan(), a, b) <= 1e-9
+    assert (coupling.plan() - exact.plan()).abs().sum() <= 1e-4
+
+
+def test_the_first_plan_is_the_one_that_was_measured_and_later_ones_have_its_bits():
+    for shape in ((2, 6, 5), (200, 150)):
+        cost = torch.randn(shape, requires_grad=True)
+        for options in ({}, {"solver": "sinkhorn", "iterations": 50}):
+            coupling = solve(cost, epsilon=0.3, on_fail="ignore", **options)
+            first, second = coupling.plan(), coupling.plan()
+            assert first is not second
+            assert torch.equal(first, second)
+            with torch.no_grad():
+                detached = solve(cost, epsilon=0.3, on_fail="ignore", **options)
+                assert not detached.plan().requires_grad
+                assert torch.equal(detached.plan(), first)
+            grads = [
+                torch.autograd.grad(plan.square().sum(), cost, retain_graph=True) for plan in (first, second)
+            ]
+            assert torch.equal(*(gradient for (gradient,) in grads))
+            torch.testing.assert_close(coupling.log_plan().exp(), first, rtol=2e-5, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("epsilon", [1e3, 1e1, 1.0, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_residual_at_every_epsilon(epsilon, dtype):
@@ -150,6 +190,22 @@ def test_fixed_sweeps_are_the_textbook_loop(sweeps, std, dtype):
     )  # float32 costs carry 6e-8 * std themselves
     torch.testing.assert_close(coupling.plan().double(), expected, rtol=rtol, atol=1e-10)
     assert coupling.iterations == sweeps
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_fixed_sweeps_of_a_batch_with_offsets(dtype):
+    # large items are swept one by one; row 0 of the last lies 300 below the others and underflows at first
+    parts = [dustbin_problem(150, 140, std, seed=i) for i, std in enumerate((1.0, 10.0, 3.0))]
+    cost, a, b = (torch.stack(t) for t in zip(*parts, strict=True))
+    cost[2, 0] += 300.0
+    cost, a, b = cost.float(), a.float(), b.float()  # the same numbers in both precisions
+    expected, *_ = sinkhorn_oracle(cost.double(), a.double(), b.double(), 1.0, 40)
+    arguments = {"epsilon": 1.0, "solver": "sinkhorn", "iterations": 40, "on_fail": "ignore"}
+    plan = solve(cost.to(dtype), a.to(dtype), b.to(dtype), **arguments).plan()
+    assert (plan.double() - expected).abs().sum((-1, -2)).max() <= (2e-6 if dtype == torch.float32 else 1e-6)
+    for i in range(3):
+        alone = solve(cost[i].to(dtype), a[i].to(dtype), b[i].to(dtype), **arguments).plan()
+        torch.testing.assert_close(alone, plan[i], rtol=3e-5 if dtype == torch.float32 else 1e-11, atol=1e-30)
 
 
 @pytest.mark.parametrize("sweeps", [1, 5, 30])

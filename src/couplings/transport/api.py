@@ -21,8 +21,9 @@ from couplings._checks import (
 )
 from couplings._rowwise import apply, seen
 from couplings.transport.coupling import Coupling, Status, act_on_failure
-from couplings.transport.implicit import RelativeValue, ShortPotential, density
+from couplings.transport.implicit import Gibbs, Plan, RelativeValue, ShortPotential, density
 from couplings.transport.sinkhorn import Sweeps
+from couplings.transport.unbalanced import solve_unbalanced
 
 SOLVERS = ("auto", "newton", "newton_cg", "sinkhorn")
 NEWTON_STEPS = 300
@@ -47,6 +48,8 @@ def solve(
     tolerance: float | None = None,
     row_mask: Tensor | None = None,
     column_mask: Tensor | None = None,
+    tau_a: float | Tensor | None = None,
+    tau_b: float | Tensor | None = None,
     on_fail: str = "warn",
 ) -> Coupling:
     """Entropic optimal transport, solved to a certificate and differentiable to any order.
@@ -72,6 +75,11 @@ def solve(
             at 1e-11 and calls 1e-9 (float64) or 2e-6 (float32) converged.
         row_mask: ``(*batch, n)`` bool, True = takes part. A masked row has zero plan and zero gradient.
         column_mask: ``(*batch, m)`` bool, likewise.
+        tau_a: Price of row sums that differ from ``a``, in cost units, a float or a tensor that broadcasts to
+            ``batch``: ``tau_a * KL(P 1 | a)`` with ``KL(x | y) = sum x log(x / y) - x + y`` is added to what is
+            minimised (unbalanced transport, see ``transport/unbalanced.md``). The masses of ``a`` and ``b`` may
+            then differ, and pairs much dearer than ``tau_a + tau_b`` stay unmatched. None keeps ``a`` exactly.
+        tau_b: The same for column sums and ``b``.
         on_fail: What to do where an item did not converge: ``"warn"``, ``"raise"`` or ``"ignore"``. It acts
             on the CPU in eager mode; elsewhere call :meth:`Coupling.check`.
 
@@ -94,8 +102,17 @@ def solve(
         True
     """
     _check_metadata(cost, a, b, epsilon, solver, iterations, tolerance, row_mask, column_mask, on_fail)
-    problem = prepare(cost, a, b, epsilon, row_mask, column_mask)
     work = torch.float64 if cost.dtype == torch.float64 else torch.float32
+    if tau_a is not None or tau_b is not None:
+        _check_relaxation(cost, tau_a, tau_b, iterations)
+        goal = GOAL if tolerance is None else 0.5 * tolerance
+        coupling = solve_unbalanced(
+            cost, a, b, epsilon, tau_a, tau_b, solver, goal, _bar(tolerance, work), row_mask, column_mask
+        )
+        if seen(coupling.status != Status.CONVERGED):
+            act_on_failure(coupling, on_fail)
+        return coupling
+    problem = prepare(cost, a, b, epsilon, row_mask, column_mask)
     if solver == "sinkhorn" and iterations is not None:
         coupling = _fixed_sweeps(problem, iterations, _bar(tolerance, work), work, cost.dtype)
     else:
@@ -108,9 +125,9 @@ def solve(
 
 @dataclass(frozen=True)
 class _Problem:
-    """A problem in float64, rows first, with marginals of mass 1; bad items are replaced by harmless ones."""
+    """A problem with marginals of mass 1 in float64, rows first; bad items are replaced by harmless ones."""
 
-    cost: Tensor  # (*batch, n, m)
+    cost: Tensor  # (*batch, n, m), float64 or float32: solvers form differences from it in float64
     p: Tensor  # a / mass
     q: Tensor  # b / mass
     a: Tensor
@@ -183,6 +200,26 @@ def _check_metadata(
         positive("tolerance", tolerance, "Pass a positive relative residual, or None.")
 
 
+def _check_relaxation(
+    cost: Tensor, tau_a: float | Tensor | None, tau_b: float | Tensor | None, iterations: int | None
+) -> None:
+    for name, tau in (("tau_a", tau_a), ("tau_b", tau_b)):
+        if isinstance(tau, Tensor):
+            real_tensor(name, tau)
+            if tau.dim() > 0:
+                same_device(name, tau, cost, "cost")
+            broadcastable(name, tau, cost.shape[:-2], "one price per problem")
+        elif tau is not None:
+            positive(name, tau, f"Pass {name} > 0, or None for an exact marginal.")
+    if iterations is not None:
+        reject(
+            "iterations",
+            "None where tau_a or tau_b is given",
+            iterations,
+            "Fixed sweeps are differentiated for exact marginals only; leave iterations out.",
+        )
+
+
 def positive(name: str, value: object, remedy: str) -> None:
     """A finite Python number greater than zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -199,7 +236,7 @@ def prepare(
     row_mask: Tensor | None,
     column_mask: Tensor | None,
 ) -> _Problem:
-    """Masks, defaults, float64, mass 1, and the checks that need values."""
+    """Masks, defaults, mass 1, and the checks that need values."""
     batch, n, m = cost.shape[:-2], cost.shape[-2], cost.shape[-1]
     rows = _mask(row_mask, (*batch, n), cost)
     columns = _mask(column_mask, (*batch, m), cost)
@@ -210,7 +247,9 @@ def prepare(
         eps = epsilon.to(device=cost.device, dtype=torch.float64).expand(batch)
     else:
         eps = torch.full(batch, float(epsilon), dtype=torch.float64, device=cost.device)
-    full = cost.to(torch.float64)
+    # gradients along several paths are added up before they are rounded; without one a copy saves nothing
+    recorded = torch.is_grad_enabled() and cost.requires_grad
+    full = cost.to(torch.float64 if recorded or cost.dtype == torch.float64 else torch.float32)
     if row_mask is not None or column_mask is not None:
         full = torch.where(rows[..., :, None] & columns[..., None, :], full, 0.0)
 
@@ -232,14 +271,15 @@ def prepare(
         infeasible = infeasible | lost_row.any(-1) | lost_column.any(-1)
 
     bad = nonfinite | infeasible
-    given_a = torch.where(bad[..., None], 0.0, given_a)
-    given_b = torch.where(bad[..., None], 0.0, given_b)
-    mass, mass_b = given_a.sum(-1), given_b.sum(-1)
+    if seen(bad) is not False:
+        given_a = torch.where(bad[..., None], 0.0, given_a)
+        given_b = torch.where(bad[..., None], 0.0, given_b)
+        mass, mass_b = given_a.sum(-1), given_b.sum(-1)
+        full = torch.where(bad[..., None, None], 0.0, full)
+        eps = torch.where(bad, 1.0, eps)
     nothing = mass == 0
     p = given_a / torch.where(nothing, 1.0, mass)[..., None]
     q = given_b / torch.where(nothing, 1.0, mass_b)[..., None]
-    if seen(bad) is not False:
-        full = torch.where(bad[..., None, None], 0.0, full)
     zeros = (given_a == 0).any(-1) | (given_b == 0).any(-1)
     return _Problem(
         cost=full,
@@ -247,7 +287,7 @@ def prepare(
         q=q,
         a=given_a,
         b=q * mass[..., None],
-        epsilon=torch.where(bad, 1.0, eps),
+        epsilon=eps,
         mass=mass,
         nonfinite=nonfinite,
         infeasible=infeasible & ~nonfinite,
@@ -314,21 +354,19 @@ def _converged(
     epsilon = problem.epsilon
     cap = SWEEPS if solver == "sinkhorn" else NEWTON_STEPS
     plain = problem.plain
-    potential, steps = apply(ShortPotential, cost, p, q, epsilon, solver, goal, cap, plain)
+    potential, log_z, steps = apply(ShortPotential, cost, p, q, epsilon, solver, goal, cap, plain)
     poison = problem.poison
 
+    def evaluate(logarithm: bool) -> Tensor:
+        b = q * problem.mass[..., None] + poison[..., None]
+        out: Tensor = apply(Plan, cost, p, b, epsilon, potential, log_z.detach(), work, logarithm, plain)
+        return _turn(out, turned)
+
     def plan() -> Tensor:
-        _, _, kappa = density(cost, p, q, epsilon, potential, plain)
-        rows, columns = p[..., :, None], (q * problem.mass[..., None] + poison[..., None])[..., None, :]
-        out = kappa * rows * columns if torch.is_grad_enabled() else kappa.mul_(rows).mul_(columns)
-        return _turn(out, turned).to(work)
+        return evaluate(logarithm=False)
 
     def log_plan() -> Tensor:
-        y, log_z, _ = density(cost, p, q, epsilon, potential, plain)
-        log_mass = masked_log(q * problem.mass[..., None])[..., None, :] + masked_log(p)[..., :, None]
-        idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
-        out = (y - log_z[..., None, :] + log_mass).masked_fill(idle, -torch.inf)
-        return _turn(out + poison[..., None, None], turned).to(work)
+        return evaluate(logarithm=True)
 
     def value() -> Tensor:
         relative = apply(RelativeValue, cost, p, q, epsilon, potential, plain)
@@ -348,36 +386,30 @@ def _fixed_sweeps(
     """Exactly ``iterations`` Sinkhorn sweeps, rows first, with the gradient of the unrolled sweeps."""
     # one layout, so that the masks of a neighbour cannot change the order of summation
     cost, p, q, epsilon = problem.cost.contiguous().mT, problem.q, problem.p, problem.epsilon
-    if problem.plain:
-        idle, x = None, cost / epsilon[..., None, None]
-    else:
-        idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
-        x = torch.where(cost == torch.inf, torch.inf, cost.masked_fill(idle, 0.0) / epsilon[..., None, None])
-    hs, es = apply(Sweeps, x, p, q, iterations, work == torch.float32)
+    every = torch.is_grad_enabled() and any(t.requires_grad for t in (cost, p, q, epsilon))
+    hs, es = apply(Sweeps, cost, p, q, epsilon, iterations, work == torch.float32, every)
     h, e = hs[..., -1, :], es[..., -1, :]
     poison = problem.poison
 
-    def raw_log_plan() -> Tensor:
-        logits: Tensor = h[..., :, None] + e[..., None, :]
-        if idle is not None:
-            return (logits - x.masked_fill(idle, 0.0)).masked_fill(idle, -torch.inf)
-        return logits - x if torch.is_grad_enabled() else logits.sub_(x)
+    def evaluate(logarithm: bool) -> Tensor:
+        left = torch.where(p > 0, h + masked_log(problem.mass)[..., None], -torch.inf) + poison[..., None]
+        right = torch.where(q > 0, e, -torch.inf)
+        out: Tensor = apply(Gibbs, cost, left, right, epsilon, work, logarithm)
+        return out.mT
 
     def plan() -> Tensor:
-        logits, mass = raw_log_plan(), (problem.mass + poison)[..., None, None]
-        out = logits.exp() * mass if torch.is_grad_enabled() else logits.exp_().mul_(mass)
-        return out.mT.to(work)
+        return evaluate(logarithm=False)
 
     def log_plan() -> Tensor:
-        out = raw_log_plan() + masked_log(problem.mass)[..., None, None] + poison[..., None, None]
-        return out.mT.to(work)
+        return evaluate(logarithm=True)
 
     def value() -> Tensor:
-        log_density = raw_log_plan() - masked_log(p)[..., :, None] - masked_log(q)[..., None, :]
-        finite = cost
-        if idle is not None:
-            log_density, finite = log_density.masked_fill(idle, 0.0), cost.masked_fill(idle, 0.0)
-        out = raw_log_plan().exp() * (finite + epsilon[..., None, None] * log_density)
+        idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
+        finite = cost.masked_fill(idle, 0.0)
+        logits = h[..., :, None] + e[..., None, :] - finite / epsilon[..., None, None]
+        log_density = logits - masked_log(p)[..., :, None] - masked_log(q)[..., None, :]
+        out = logits.exp() * (finite + epsilon[..., None, None] * log_density)
+        out = out.masked_fill(idle, 0.0)
         return absolute(problem, out.sum((-1, -2))) + poison
 
     def potentials() -> tuple[Tensor, Tensor]:
@@ -403,8 +435,9 @@ def certify(
 
     ``densities`` returns the potentials ``fhat, ghat`` of the density ``P / (a b')``.
     """
+    first = plan()
     with torch.no_grad():
-        returned = plan().to(torch.float64)
+        returned = first.to(torch.float64)
         residual = (returned.sum(-1) - problem.a).abs().sum(-1)
         residual = residual + (returned.sum(-2) - problem.b).abs().sum(-1)
         status = torch.where(
@@ -426,13 +459,22 @@ def certify(
         bad = (problem.poison != 0)[..., None]
         return torch.where(bad, torch.nan, f), torch.where(bad, torch.nan, g)
 
+    kept = [first]
+
+    def measured_plan() -> Tensor:
+        """The plan that the residual is of; whoever asks first gets it, so that it is not worked out twice."""
+        if not kept or torch.compiler.is_compiling():
+            return plan()
+        out = kept.pop()
+        return out if torch.is_grad_enabled() else out.detach()
+
     def gap() -> Tensor:
         with torch.no_grad():
             return _duality_gap(problem, plan().to(torch.float64), *densities()) + problem.poison
 
     return Coupling(
         log_plan=log_plan,
-        plan=plan,
+        plan=measured_plan,
         a=problem.a.to(dtype),
         b=problem.b.to(dtype),
         epsilon=problem.epsilon,

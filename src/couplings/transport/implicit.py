@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from couplings._rowwise import RowFunction, apply
+from couplings.transport.logits import LOG2E, logits
 from couplings.transport.newton import newton_potential
 from couplings.transport.newton_cg import cg_direction, dense_direction
 from couplings.transport.sinkhorn import sinkhorn_potential
@@ -69,7 +70,7 @@ def density(
 
 
 class ShortPotential(RowFunction):
-    """``ghat(C, p, q, epsilon)`` with the implicit gradient, and the number of steps.
+    """``ghat(C, p, q, epsilon)`` with the implicit gradient, ``log z`` without, and the number of steps.
 
     The potential is defined up to a constant: a loss must not depend on the constant.
     """
@@ -84,23 +85,25 @@ class ShortPotential(RowFunction):
         tolerance: float,
         iterations: int,
         plain: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The solver; opaque to ``torch.compile``, since its loops depend on values."""
         if torch.compiler.is_compiling():
-            out: tuple[Tensor, Tensor] = _opaque_potential(cost, p, q, epsilon, method, tolerance, iterations)
+            out: tuple[Tensor, Tensor, Tensor] = _opaque_potential(
+                cost, p, q, epsilon, method, tolerance, iterations
+            )
             return out
         return _solve(cost, p, q, epsilon, method, tolerance, iterations)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
         """Keep inputs and potential; the backward pass recomputes what is ``s x l``."""
         cost, p, q, epsilon, *_, ctx.plain = inputs
-        potential, steps = output
+        potential, log_z, steps = output
         ctx.save_for_backward(cost, p, q, epsilon, potential)
-        ctx.mark_non_differentiable(steps)
+        ctx.mark_non_differentiable(log_z, steps)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, cotangent: Tensor, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
         """With t_j = sum_l q_l kappa_jl = 1 for all j: solve T' w = cotangent, pull -epsilon w through dt."""
         cost, p, q, epsilon, potential = ctx.saved_tensors
         y, _, kappa = density(cost, p, q, epsilon, potential, ctx.plain)
@@ -158,6 +161,106 @@ class _SchurSolve(RowFunction):
         return grad_pi, None, grad_q, w
 
 
+class Plan(RowFunction):
+    """``P_jl = p_j b_l exp((ghat_j - C_jl) / epsilon) / z_l``, or its logarithm, in the precision asked for.
+
+    Forward knows ``log z`` from the solver: logits are formed in float64 and, where they cancel, exponentiated in the
+    precision of the result. Backward recomputes everything ``s x l`` in float64 and counts ``z``, too, as a function
+    of the rest.
+    """
+
+    @staticmethod
+    def forward(
+        cost: Tensor,
+        p: Tensor,
+        b: Tensor,
+        epsilon: Tensor,
+        potential: Tensor,
+        log_z: Tensor,
+        dtype: torch.dtype,
+        logarithm: bool,
+        plain: bool,
+    ) -> Tensor:
+        """No masks: an entry without mass, or forbidden, has an infinite logit."""
+        unit = 1.0 if logarithm else LOG2E
+        rate = unit / epsilon
+        left, right = potential * rate[..., None] + unit * p.log(), -unit * log_z
+        if logarithm:
+            return logits(cost, left, right + b.log(), -rate, dtype)
+        return logits(cost, left, right, -rate, dtype).exp2_().mul_(b.to(dtype)[..., None, :])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the inputs."""
+        cost, p, b, epsilon, potential, _, _, ctx.logarithm, ctx.plain = inputs
+        ctx.save_for_backward(cost, p, b, epsilon, potential)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """``d log P_jl = dy_jl - sum_k p_k kappa_kl dy_kl`` and so forth, with ``y = (ghat - C) / epsilon``."""
+        cost, p, b, epsilon, potential = ctx.saved_tensors
+        y, _, kappa = density(cost, p, b, epsilon, potential, ctx.plain)
+        cotangent = cotangent.to(torch.float64)
+        rows, columns = p[..., :, None], b[..., None, :]
+        if ctx.logarithm:
+            if not ctx.plain:
+                cotangent = torch.where((kappa == 0) | (rows == 0) | (columns == 0), 0.0, cotangent)
+            along = cotangent  # of log P
+            total = along.sum(-2)
+            grad_p = along.sum(-1) / torch.where(p == 0, 1.0, p)
+            grad_b = total / torch.where(b == 0, 1.0, b)
+        else:
+            free = cotangent * kappa  # of p b
+            grad_b = (p[..., None, :] @ free)[..., 0, :]
+            grad_p = (free @ b[..., None])[..., 0]
+            along = free * rows * columns
+            total = b * grad_b
+        grad_p = grad_p - (kappa @ total[..., None])[..., 0]
+        grad_y = along - rows * kappa * total[..., None, :]
+        scale = 1 / epsilon
+        grad_cost = -scale[..., None, None] * grad_y
+        grad_potential = scale[..., None] * grad_y.sum(-1)
+        grad_epsilon = -scale * (grad_y * y).sum((-1, -2))
+        return grad_cost, grad_p, grad_b, grad_epsilon, grad_potential, None, None, None, None
+
+
+class Gibbs(RowFunction):
+    """``P_jl = exp(h_j + e_l - C_jl / epsilon)``, or its logarithm, in the precision asked for.
+
+    ``h_j`` is ``-inf`` where row j has no mass, ``e_l`` likewise.
+    """
+
+    @staticmethod
+    def forward(
+        cost: Tensor, h: Tensor, e: Tensor, epsilon: Tensor, dtype: torch.dtype, logarithm: bool
+    ) -> Tensor:
+        """Logits are formed in float64 and exponentiated in the precision of the result."""
+        if logarithm:
+            return logits(cost, h, e, -1 / epsilon, dtype)
+        return logits(cost, h * LOG2E, e * LOG2E, -LOG2E / epsilon, dtype).exp2_()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Keep the inputs."""
+        *tensors, _, ctx.logarithm = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        """Plain derivatives, 0 where the plan is exactly 0 whatever the cost."""
+        cost, h, e, epsilon = ctx.saved_tensors
+        x = cost / epsilon[..., None, None]
+        log_plan = h[..., :, None] + e[..., None, :] - x
+        idle = log_plan == -torch.inf
+        along = cotangent.to(torch.float64)
+        if not ctx.logarithm:
+            along = along * torch.where(idle, 0.0, log_plan).exp()
+        along = torch.where(idle, 0.0, along)
+        grad_x = along / epsilon[..., None, None]
+        grad_epsilon = (grad_x * torch.where(idle, 0.0, x)).sum((-1, -2))
+        return -grad_x, along.sum(-1), along.sum(-2), grad_epsilon, None, None
+
+
 class RelativeValue(RowFunction):
     """``min <P, C> + epsilon KL(P | p q')`` ``(*batch,)`` by the envelope theorem.
 
@@ -194,20 +297,21 @@ class RelativeValue(RowFunction):
 
 def _solve(
     cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, method: str, tolerance: float, iterations: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch = cost.shape[:-2]
     short, long = cost.shape[-2:]
     solver = sinkhorn_potential if method == "sinkhorn" else newton_potential
-    potential, steps = solver(
-        cost.reshape(-1, short, long).contiguous(),
-        p.reshape(-1, short),
-        q.reshape(-1, long),
-        epsilon.reshape(-1),
-        method,
-        tolerance,
-        iterations,
-    )
-    return potential.reshape(*batch, short), steps.reshape(batch)
+    with torch.autocast(cost.device.type, enabled=False):  # it would run the mat-vecs in half precision
+        potential, log_z, steps = solver(
+            cost.reshape(-1, short, long).contiguous(),
+            p.reshape(-1, short),
+            q.reshape(-1, long),
+            epsilon.reshape(-1),
+            method,
+            tolerance,
+            iterations,
+        )
+    return potential.reshape(*batch, short), log_z.reshape(*batch, long), steps.reshape(batch)
 
 
 def _schur(pi: Tensor, p: Tensor, q: Tensor, right: Tensor) -> Tensor:
@@ -231,8 +335,8 @@ _opaque_schur = torch.library.custom_op("couplings::schur_solve", _schur, mutate
 @_opaque_potential.register_fake
 def _(
     cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, method: str, tolerance: float, iterations: int
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(p), torch.empty_like(epsilon, dtype=torch.int64)
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(p), torch.empty_like(q), torch.empty_like(epsilon, dtype=torch.int64)
 
 
 @_opaque_schur.register_fake

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-CHUNK = 2**15
+CHUNK = 2**16
 """Points worked on at a time: their temporaries stay in cache."""
 
 
@@ -84,19 +84,34 @@ def chebyshev(degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.cos(angle), matrix
 
 
+POWERS = 4
+"""Up to this degree polynomials are sums of powers, which take fewer passes; above, of Chebyshev polynomials."""
+
+
+def _series_matrix(degree: int, device: torch.device) -> Tensor:
+    """From values at the nodes to the coefficients that ``_moments`` and ``_series`` mean, (degree, degree)."""
+    unit, to_coefficients = chebyshev(degree, device)
+    if degree > POWERS:
+        return to_coefficients
+    powers = unit[:, None] ** torch.arange(degree, dtype=torch.float64, device=device)
+    inverse: Tensor = torch.linalg.inv(powers)
+    return inverse
+
+
 def _moments(box: Tensor, u: Tensor, weight: Tensor | None, boxes: int, degree: int) -> Tensor:
-    """sum_i w_i T_k(u_i) over the points of each box, (boxes, degree, d).
+    """sum_i w_i p_k(u_i) over the points of each box, (boxes, degree, d), p_k the powers or Chebyshev polynomials.
 
     For box (n,), u (n,) and weight (n, d); without one all weigh 1, d = 1.
     """
     d = 1 if weight is None else weight.shape[-1]
     out = u.new_empty(degree, boxes, d)
+    terms = _power_terms if degree <= POWERS else _chebyshev_terms
     for column in range(d if d <= 4 else 0):
         term = None if weight is None else weight[:, column]
-        for k, value in enumerate(_chebyshev_terms(u, term, degree)):
+        for k, value in enumerate(terms(u, term, degree)):
             out[k, :, column] = torch.bincount(box, value, minlength=boxes)
     if d > 4:
-        for k, value in enumerate(_chebyshev_terms(u[:, None], weight, degree)):
+        for k, value in enumerate(terms(u[:, None], weight, degree)):
             out[k] = u.new_zeros(boxes, d).index_add_(0, box, value)  # type: ignore[arg-type]
     return out.transpose(0, 1)
 
@@ -113,11 +128,26 @@ def _chebyshev_terms(u: Tensor, weight: Tensor | None, degree: int) -> Iterator[
         yield term
 
 
+def _power_terms(u: Tensor, weight: Tensor | None, degree: int) -> Iterator[Tensor | None]:
+    """w u^k, k = 0 .. degree - 1, each in the memory of the last; the first one None if all weigh 1."""
+    yield weight
+    term = u.clone() if weight is None else weight * u
+    yield term
+    for _ in range(degree - 2):
+        yield term.mul_(u)
+
+
 def _series(box: Tensor, u: Tensor, coefficients: Tensor) -> Tensor:
-    """sum_k c_k T_k(u_i) by Clenshaw's recurrence: (n,) or (n, d) for coefficients (degree, boxes) or with d."""
+    """sum_k c_k p_k(u_i), (n,) or (n, d), for coefficients (degree, boxes) or with d."""
     u = u.to(coefficients.dtype)
     if coefficients.dim() == 3:
         u = u[:, None]
+    if len(coefficients) <= POWERS:
+        out = coefficients[-1].index_select(0, box)
+        for row in coefficients[:-1].flip(0):
+            out = row.index_select(0, box).addcmul_(u, out)
+        return out
+    # Clenshaw's recurrence
     twice = u * 2
     one: Tensor | None = None
     two: Tensor | None = None
@@ -171,6 +201,7 @@ class Boxes(Nodes):
         self.low = low
         self.width = torch.where(high > low, (high - low) / count, 1.0)
         unit, self.to_coefficients = chebyshev(degree, points.device)
+        self.to_series = _series_matrix(degree, points.device)
         left = torch.arange(count, dtype=torch.float64, device=points.device)[:, None]
         self.nodes = self.low + self.width * (left + (unit + 1) / 2).reshape(1, -1)
         self._whole = next(self._split()) if points.numel() <= CHUNK else None
@@ -221,7 +252,7 @@ class Boxes(Nodes):
             total = weight.new_zeros(boxes, self.degree, d, dtype=torch.float64)
             for place, box, u in self._pieces():
                 total += _moments(box, u, weight[place].reshape(-1, d).double(), boxes, self.degree)
-        return torch.matmul(self.to_coefficients.mT, total).reshape(rows, -1, d)
+        return torch.matmul(self.to_series.mT, total).reshape(rows, -1, d)
 
     def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
         """(rows, q, d) -> (rows, n, d)."""
@@ -239,12 +270,25 @@ class Boxes(Nodes):
 
     def contract(self, value: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """sum_d w_d(i) f_d(t_i), (rows, n), for values (rows, q, d) and d weights (rows, n)."""
-        return self._one_by_one(value, weights, self.work)
+        columns: list[Tensor] = []
+        varying: list[Tensor | None] = []
+        for column, weight in zip(value.unbind(-1), weights, strict=True):
+            if weight.stride(-1):
+                columns.append(column)
+                varying.append(weight)
+            elif (
+                varying and varying[0] is None
+            ):  # the same for all points of a row: one series stands for them all
+                columns[0] = columns[0] + weight[:, :1] * column
+            else:
+                columns.insert(0, weight[:, :1] * column)
+                varying.insert(0, None)
+        return self._one_by_one(torch.stack(columns, -1), varying, self.work)
 
     def _series_of(self, value: Tensor, work: torch.dtype) -> Tensor:
-        """Chebyshev coefficients of each box, (degree, rows * boxes, d)."""
+        """Coefficients of each box, (degree, rows * boxes, d)."""
         rows, d = value.shape[0], value.shape[-1]
-        series = torch.matmul(self.to_coefficients, value.reshape(rows * self.count, self.degree, d))
+        series = torch.matmul(self.to_series, value.reshape(rows * self.count, self.degree, d))
         return series.transpose(0, 1).to(work)
 
     def _one_by_one(self, value: Tensor, weights: Sequence[Tensor | None], work: torch.dtype) -> Tensor:
@@ -252,6 +296,7 @@ class Boxes(Nodes):
         out = value.new_empty(len(value), self.points.shape[-1], dtype=work)
         for place, box, u in self._pieces():
             total: Tensor | None = None
+            u = u.to(work)
             for one, weight in zip(series, weights, strict=True):
                 part = _series(box, u, one)
                 if weight is not None:
@@ -263,6 +308,68 @@ class Boxes(Nodes):
 
     def tails(self, density: Tensor) -> Tensor:
         """Of functions (rows, functions, q): (rows, boxes), how far each box leaves them unresolved."""
+        return _tails(density, self.degree, self.to_coefficients)
+
+
+class Grid(Nodes):
+    """Equal boxes over the even places 0 .. 1: all hold the same places, so that both operators are one product.
+
+    Args:
+        places: how many.
+        most: boxes at most.
+        degree: nodes a box.
+        device: where they live.
+        single: whether values at the places are wanted in float32.
+    """
+
+    def __init__(
+        self, places: int, most: int, degree: int, device: torch.device, single: bool = False
+    ) -> None:
+        self.points = (torch.arange(places, dtype=torch.float64, device=device) / max(1, places - 1))[None]
+        self.work = torch.float32 if single else torch.float64
+        self.degree, self.each = degree, -(-places // most)
+        self.count = -(-places // self.each)
+        unit, self.to_coefficients = chebyshev(degree, device)
+        left = torch.arange(self.count, dtype=torch.float64, device=device)[:, None]
+        self.low = torch.zeros_like(self.points[:, :1])
+        self.width = torch.full_like(self.low, self.each / max(1, places - 1))
+        self.nodes = self.width * (left + (unit + 1) / 2).reshape(1, -1)
+        self.live = torch.ones_like(self.nodes, dtype=torch.bool)
+        inside = torch.arange(self.each, dtype=torch.float64, device=device) * (2 / self.each) - 1
+        terms = torch.stack(
+            [t for t in _chebyshev_terms(inside, torch.ones_like(inside), degree) if t is not None], -1
+        )
+        self.cardinals = terms @ self.to_coefficients  # (each, degree)
+
+    @property
+    def high(self) -> Tensor:
+        """Where the last box ends, (1, 1)."""
+        return self.low + self.count * self.width
+
+    def spread(self, weight: Tensor) -> Tensor:
+        """(1, n, d) -> (1, q, d)."""
+        n, d = weight.shape[1:]
+        empty = self.count * self.each - n
+        whole = (
+            weight[0].double() if not empty else torch.nn.functional.pad(weight[0].double(), (0, 0, 0, empty))
+        )
+        if d == 1:
+            return (whole.reshape(self.count, self.each) @ self.cardinals).reshape(1, -1, 1)
+        return (self.cardinals.mT @ whole.reshape(self.count, self.each, d)).reshape(1, -1, d)
+
+    def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
+        """(1, q, d) -> (1, n, d)."""
+        n, d = self.points.shape[1], value.shape[-1]
+        work = torch.float64 if double else self.work
+        cardinals, value = self.cardinals.to(work), value[0].to(work)
+        if d == 1:
+            at = value.reshape(self.count, self.degree) @ cardinals.mT
+        else:
+            at = cardinals @ value.reshape(self.count, self.degree, d)
+        return at.reshape(1, -1, d)[:, :n]
+
+    def tails(self, density: Tensor) -> Tensor:
+        """Of functions (1, functions, q): (1, boxes), how far each box leaves them unresolved."""
         return _tails(density, self.degree, self.to_coefficients)
 
 
@@ -289,6 +396,7 @@ class Cells(Nodes):
         last = upto[wide] - 1
         self.low, self.high = value[last + 1 - held[wide]], value[last]
         unit, self.to_coefficients = chebyshev(degree, value.device)
+        self.to_series = _series_matrix(degree, value.device)
         middle, half = (self.low + self.high) / 2, (self.high - self.low) / 2
         curved = (middle[:, None] + half[:, None] * unit).reshape(-1)
         inside = wide[cell]
@@ -304,7 +412,7 @@ class Cells(Nodes):
         merged = weight.new_zeros(len(value), weight.shape[-1], dtype=torch.float64)
         merged.index_add_(0, number, weight[0].double())
         moments = _moments(self.box, self.u, merged[self.inside], len(self.low), self.degree)
-        inner = (self.to_coefficients.mT @ moments).reshape(-1, weight.shape[-1])
+        inner = (self.to_series.mT @ moments).reshape(-1, weight.shape[-1])
         return torch.cat((inner, merged[self.outside]))[None]
 
     def interpolate(self, value: Tensor, *, double: bool = False) -> Tensor:
@@ -312,7 +420,7 @@ class Cells(Nodes):
         d, curved = value.shape[-1], len(self.low) * self.degree
         out = value.new_empty(len(self.distinct[0]), d)
         out[self.outside] = value[0, curved:]
-        series = self.to_coefficients @ value[0, :curved].reshape(-1, self.degree, d)
+        series = self.to_series @ value[0, :curved].reshape(-1, self.degree, d)
         out[self.inside] = _series(self.box, self.u, series.transpose(0, 1).contiguous())
         return out.index_select(0, self.distinct[1])[None]
 
@@ -335,7 +443,7 @@ class Chained(Nodes):
         kept: the fine nodes that are points of ``coarse``, where these are not all (one row only).
     """
 
-    def __init__(self, fine: Boxes, coarse: Nodes, kept: Tensor | None = None) -> None:
+    def __init__(self, fine: Boxes | Grid, coarse: Nodes, kept: Tensor | None = None) -> None:
         self.fine, self.coarse, self.kept = fine, coarse, kept
         self.points, self.nodes, self.live = fine.points, coarse.nodes, coarse.live
 

@@ -26,11 +26,13 @@ class HardCut(NamedTuple):
         head: (*batch, t) indices of the t largest entries, in falling order; every entry outside lies below the cut.
         share: (*batch, t) the part of each head entry that lies above the cut (1 but for the entry that it splits).
         centre: (*batch, 1) a value in the gap that the cut falls into.
+        edge: (*batch, 1) the last entry of the head, if no entry is split: ``centre`` is then the first entry below.
     """
 
     head: Tensor
     share: Tensor
     centre: Tensor
+    edge: Tensor | None = None
 
 
 def midpoint(above: Tensor, below: Tensor) -> Tensor:
@@ -63,15 +65,13 @@ def hard_cut(
             value, head = x.topk(min(mass + 1, n), dim=-1)
         head, last, following = head[..., :mass], value[..., mass - 1 : mass], value[..., mass:]
         share = torch.ones_like(head, dtype=x.dtype)
-        if mask is None:
-            centre = (
-                following + (last - following) * 0.5 if mass < n else last
-            )  # as midpoint has it, bit for bit
-        else:
-            centre = midpoint(last, following) if mass < n else last
+        if mass == n:
+            following = last
+        if mask is not None:
             share = share.masked_fill(value[..., :mass].isinf(), 0)
-            centre = centre.masked_fill(centre.isinf(), 0)
-        return HardCut(head, share, centre)
+            last = last.masked_fill(last.isinf(), 0)
+            following = torch.where(following.isinf(), last, following)
+        return HardCut(head, share, following, last if mass < n else None)
     value, head = torch.sort(x, dim=-1, descending=True, stable=True)
     weight = torch.ones_like(value) if weights is None else weights.detach().gather(-1, head)
     if mask is not None:
@@ -128,121 +128,126 @@ def _solve(
     head: Tensor,
     share: Tensor,
     centre: Tensor,
+    edge: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The plan A and A (1 - A), each to full relative precision from the smaller of A and 1 - A."""
     # powers of two are the fast exponential on a CPU (exp: 3x slower)
-    low = _lowest(x.dtype)
     bits = scale * math.log2(math.e)
-    z_head = (x.gather(-1, head) - centre).mul_(bits)
-    weight = None if weights is None else weights.gather(-1, head)
-    if mask is not None:
-        valid = mask.gather(-1, head).to(x.dtype)
-        weight = valid if weight is None else weight * valid
-    # exp(-|z|) once; a pass is then an addition, a division and two sums on either side of the cut
-    far = z_head.abs().neg_().clamp_(min=low).exp2_()
-    above = share if weight is None else share * weight
-    if head.shape[-1] == x.shape[-1]:
-        below = 1 - share if weight is None else (1 - share) * weight
-        a, b = _solve_all(far, z_head >= 0, above, below)
-        plan = torch.empty_like(x).scatter_(-1, head, a)
-        variance = torch.empty_like(x).scatter_(-1, head, a * b)
-    else:
-        power = (x - centre).mul_(bits)
-        torch.threshold_(power, low, -math.inf).exp2_().scatter_(-1, head, torch.zeros_like(far))
-        if mask is not None:
-            power.masked_fill_(~mask, 0)
-        plan, variance = _solve_head(power, far, weight, head)
+    if edge is not None and weights is None:
+        plan, variance = _solve_apart(x, bits, mask, head, share, centre, edge)
         if mask is None:
             return plan, variance
-        below = None
+        none = (share == 0).all(-1, keepdim=True)
+        fills = mask.sum(-1, keepdim=True) <= head.shape[-1]
+    else:
+        weight = None if weights is None else weights.gather(-1, head)
+        if mask is not None:
+            valid = mask.gather(-1, head).to(x.dtype)
+            weight = valid if weight is None else weight * valid
+        above = share if weight is None else share * weight
+        below = 1 - share if weight is None else (1 - share) * weight
+        a, variance = _solve_split((x.gather(-1, head) - centre).mul_(bits), above, below)
+        plan = torch.empty_like(x).scatter_(-1, head, a)
+        variance = torch.empty_like(x).scatter_(-1, head, variance)
+        none = (above == 0).all(-1, keepdim=True)
+        fills = (below == 0).all(-1, keepdim=True)
     # a row with nothing below the cut takes all, one with nothing above it takes none
     taken = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
-    none = (above == 0).all(-1, keepdim=True)
-    fills = (
-        taken.sum(-1, keepdim=True) <= head.shape[-1] if below is None else (below == 0).all(-1, keepdim=True)
-    )
     every = fills & ~none
     plan = torch.where(every, torch.ones_like(plan), plan)
     plan = torch.where(none, torch.zeros_like(plan), plan).masked_fill_(~taken, 0)
     return plan, variance.masked_fill_(every | none | ~taken, 0)
 
 
-def _lowest(dtype: torch.dtype) -> float:
-    """Powers of two below this one count as 0: a product with a gradient must not be denormal."""
-    return math.log2(torch.finfo(dtype).tiny) + 20
+def _solve_apart(
+    x: Tensor, bits: Tensor, mask: Tensor | None, head: Tensor, share: Tensor, centre: Tensor, edge: Tensor
+) -> tuple[Tensor, Tensor]:
+    """No entry is split: a sum over the row makes a pass, and the few entries of the head are worked out apart.
 
-
-def _solve_head(power: Tensor, far: Tensor, weight: Tensor | None, head: Tensor) -> tuple[Tensor, Tensor]:
-    """``head`` lies above the cut, all else below: ``power`` = exp(z) of the latter (0 in the head); overwritten.
-
-    A sum over the row makes a pass; the few entries of the head are worked out apart.
+    On either side powers of two are counted from the entry next to the cut, whose own is 1.
     """
+    low = 0.4 * math.log2(torch.finfo(x.dtype).tiny)  # squares of what is not cut to 0 are no denormals
+    far = torch.threshold_((edge - x.gather(-1, head)).mul_(bits), low, -math.inf).exp2_()
+    power = (x - centre).mul_(bits)
+    torch.threshold_(power, low, -math.inf).exp2_().scatter_(-1, head, torch.zeros_like(far))
+    if mask is not None:
+        far.mul_(share)
+        power.masked_fill_(~mask, 0)
     plan = torch.empty_like(power)
-    least = 2 * torch.finfo(power.dtype).tiny ** 0.5  # its square is no denormal
+    gap = (edge - centre).mul_(bits).clamp_(max=1e4)  # as good as infinite, but its halves subtract
 
-    def fill(ratio: Tensor) -> None:
-        torch.div(power, torch.add(power, ratio, out=plan), out=plan)
+    def sides(shift: Tensor) -> tuple[Tensor, ...]:
+        torch.div(power, torch.add(power, shift.exp2(), out=plan), out=plan)
+        b = far / (far + (gap - shift).exp2_())
+        down, up = plan.sum(-1, keepdim=True), b.sum(-1, keepdim=True)
+        down_square = torch.linalg.vector_norm(plan, dim=-1, keepdim=True).square_()
+        return up, torch.linalg.vector_norm(b, dim=-1, keepdim=True).square_(), down, down_square
 
-    def sides(ratio: Tensor) -> tuple[Tensor, ...]:
-        fill(ratio)
-        down = plan.sum(-1, keepdim=True)
-        down_square = torch.linalg.vector_norm(plan.clamp_(min=least), dim=-1, keepdim=True).square_()
-        b = far / (far + ratio.reciprocal())
-        fallen = b if weight is None else b * weight
-        return fallen.sum(-1, keepdim=True), (fallen * b).sum(-1, keepdim=True), down, down_square
-
-    fallen = far if weight is None else far * weight
-    ratio = _root(fallen.sum(-1, keepdim=True), power.sum(-1, keepdim=True), sides)
-    fill(ratio)
-    variance = torch.sub(1, plan, out=power).mul_(plan)
-    inverse = ratio.reciprocal()
-    both = far + inverse
-    a, b = inverse / both, far / both
-    return plan.scatter_(-1, head, a), variance.scatter_(-1, head, a * b)
+    start = _evenly_spaced(far.sum(-1, keepdim=True), power.sum(-1, keepdim=True))
+    shift = _root(start.add_(gap, alpha=0.5), sides)
+    torch.div(power, torch.add(power, shift.exp2(), out=plan), out=plan)
+    variance = torch.addcmul(plan, plan, plan, value=-1, out=power)
+    odds = far.div_((gap - shift).exp2_())
+    a = (odds + 1).reciprocal_()
+    return plan.scatter_(-1, head, a), variance.scatter_(-1, head, odds.mul_(a).mul_(a))
 
 
-def _solve_all(far: Tensor, upper: Tensor, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
-    """A and 1 - A where each entry's weight is split by the cut, ``above`` and ``below``; z >= 0 in ``upper``."""
+def _solve_split(z: Tensor, above: Tensor, below: Tensor) -> tuple[Tensor, Tensor]:
+    """Each entry's weight is split by the cut, ``above`` and ``below``; z = 0 is at the cut."""
+    # a product with a gradient must not be denormal
+    low = math.log2(torch.finfo(z.dtype).tiny) + 20
+    far, upper = z.abs().neg_().clamp_(min=low).exp2_(), z >= 0
 
-    def both(ratio: Tensor) -> tuple[Tensor, Tensor]:
-        inverse = ratio.reciprocal()  # A and 1 - A, from the exponential that does not overflow
+    def both(shift: Tensor) -> tuple[Tensor, Tensor]:
+        inverse = shift.neg().exp2_()  # A and 1 - A, from the exponential that does not overflow
         gain, loss = torch.where(upper, inverse, far * inverse), torch.where(upper, far, 1.0)
         total = gain + loss
         return gain / total, loss / total
 
-    def sides(ratio: Tensor) -> tuple[Tensor, ...]:
-        a, b = both(ratio)
+    def sides(shift: Tensor) -> tuple[Tensor, ...]:
+        a, b = both(shift)
         fallen, risen = above * b, below * a
         return tuple(part.sum(-1, keepdim=True) for part in (fallen, fallen * b, risen, risen * a))
 
-    a, b = both(_root((above * far).sum(-1, keepdim=True), (below * far).sum(-1, keepdim=True), sides))
-    return torch.threshold_(a, 4 * 2.0 ** _lowest(far.dtype), 0.0), b
+    floor = _floor(z.dtype)  # where the weights are 0
+    up, down = ((part * far).sum(-1, keepdim=True).add_(floor) for part in (above, below))
+    a, b = both(_root(_evenly_spaced(up, down), sides))
+    return torch.threshold_(a, 4 * 2.0**low, 0.0), a * b
 
 
-def _root(up: Tensor, down: Tensor, sides: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:
-    """exp(-theta) where the mass that falls equals the mass that rises, by Newton on their log ratio.
+def _evenly_spaced(up: Tensor, down: Tensor) -> Tensor:
+    """The root of evenly spaced entries, from the sums of exp(-|z|) above and below the cut.
+
+    U and D would be these sums times log(1 + exp(-+theta)).
+    """
+    return torch.log2(down / up).mul_(math.log(2))
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """Masses as small as this need no balance."""
+    return torch.finfo(dtype).tiny * 2.0**30
+
+
+def _root(shift: Tensor, sides: Callable[[Tensor], tuple[Tensor, ...]]) -> Tensor:
+    """-theta / log 2 where the mass that falls equals the mass that rises, by Newton on their log ratio.
 
     Args:
-        up: sum of exp(-|z|) over the entries above the cut, (*batch, 1).
-        down: the same over the entries below it.
-        sides: maps exp(-theta) to the mass U that falls, the sum of w (1 - A)^2 over it, the mass D that rises, and the
-            sum of w A^2 over it.
+        shift: where to start, (*batch, 1).
+        sides: maps -theta / log 2 to the mass U that falls, the sum of w (1 - A)^2 over it, the mass D that rises, and
+            the sum of w A^2 over it.
     """
-    floor = 2.0 ** _lowest(up.dtype)
-    tolerance, still = (5e-3 if up.dtype == torch.float32 else 1e-7), 1e3 * floor
-    look = up.device.type == "cpu"
-    # were the entries evenly spaced, U and D would be these sums times log(1 + exp(-+theta))
-    shift = torch.log((down + floor) / (up + floor)).mul_(math.log(2))
-    two = torch.full_like(shift, 2.0)
+    floor, two = _floor(shift.dtype), torch.full_like(shift, 2.0)
+    tolerance = (5e-3 if shift.dtype == torch.float32 else 1e-7) / math.log(2)
+    look = shift.device.type == "cpu"
     live: Tensor | None = None
     for _ in range(STEPS):
-        up, up_square, down, down_square = sides(shift.exp())
+        up, up_square, down, down_square = sides(shift)
         up, down = up.add_(floor), down.add_(floor)
-        # dG/dtheta in (0, 2]: how far each side is from saturation, weighted by its mass
+        # dG/dtheta in [1, 2]: how far each side is from saturation, weighted by its mass
         slope = torch.addcdiv(two, up_square, up, value=-1).addcdiv_(down_square, down, value=-1)
-        step = torch.log(down / up).div_(slope.clamp_min_(1e-3)).clamp_(-16, 16)
-        # the step after log D/U <= tolerance is the row's last; masses as small as still need none
-        moving = (down - up).abs_() > (up * tolerance).add_(still)
+        balance = down.div_(up).log2_()
+        moving = balance.abs() > tolerance  # the step after |log D/U| <= tolerance is the row's last
+        step = balance.div_(slope).clamp_(-24, 24)
         if live is None:
             shift, live = shift + step, moving
         else:
@@ -250,7 +255,7 @@ def _root(up: Tensor, down: Tensor, sides: Callable[[Tensor], tuple[Tensor, ...]
             live &= moving
         if look and not bool(live.any()):
             break
-    return shift.exp_()
+    return shift
 
 
 _solve_op = torch.library.custom_op("couplings::soft_threshold", _solve, mutates_args=())
@@ -280,13 +285,14 @@ def _pull_back(
         plan_grad = through if plan_grad is None else plan_grad + through
     if plan_grad is None:
         return (None,) * 4
-    pull = (variance * plan_grad).sum(-1, keepdim=True)
+    pulled = variance * plan_grad
+    pull = pulled.sum(-1, keepdim=True)
     curvature = (variance if weights is None else variance * weights).sum(-1, keepdim=True)
     price = pull / curvature.clamp_min(torch.finfo(x.dtype).tiny)
     # if nothing records, temporaries are reused: fresh memory costs more than arithmetic
     recording = torch.is_grad_enabled()
-    times = Tensor.mul if recording else Tensor.mul_
-    logit_grad = times(plan_grad - (price if weights is None else price * weights), variance)
+    times, less = (Tensor.mul, Tensor.addcmul) if recording else (Tensor.mul_, Tensor.addcmul_)
+    logit_grad = less(pulled, variance, price if weights is None else price * weights, value=-1)
     if mean is None or std is None:
         # logit_grad sums to 0 over a row, so any centre serves for the scale; the cut's own cancels least
         scale_grad = ((x - centre) * logit_grad).sum(-1, keepdim=True)
@@ -298,8 +304,7 @@ def _pull_back(
     if mask is not None:
         deviation = deviation.masked_fill(~mask, 0)
     part = (deviation * logit_grad).sum(-1, keepdim=True) / (count * std * std)
-    x_grad = (Tensor.addcmul if recording else Tensor.addcmul_)(logit_grad, deviation, part, value=-1)
-    return times(x_grad, scale), None, price, None
+    return times(less(logit_grad, deviation, part, value=-1), scale), None, price, None
 
 
 class _SoftThreshold(RowFunction):
@@ -313,15 +318,16 @@ class _SoftThreshold(RowFunction):
         head: Tensor,
         share: Tensor,
         centre: Tensor,
+        edge: Tensor | None,
         mean: Tensor | None,
         std: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         solve = _solve_op if torch.compiler.is_compiling() else _solve
-        return by_rows(solve, x, scale, weights, mask, head, share, centre)  # type: ignore[return-value]
+        return by_rows(solve, x, scale, weights, mask, head, share, centre, edge)  # type: ignore[return-value]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, scale, _, weights, mask, _, _, centre, mean, std = inputs
+        x, scale, _, weights, mask, _, _, centre, _, mean, std = inputs
         ctx.save_for_backward(x, scale, weights, mask, centre, mean, std, *output)
         ctx.set_materialize_grads(False)
 
@@ -342,4 +348,4 @@ class _SoftThreshold(RowFunction):
         )
         return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *[
             None
-        ] * 6
+        ] * 7
