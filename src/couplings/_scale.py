@@ -10,20 +10,27 @@ from torch import Tensor
 from couplings._rowwise import RowFunction, apply, by_rows, extent
 
 
-def mean_std(x: Tensor, weights: Tensor | None = None, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def mean_std(
+    x: Tensor, weights: Tensor | None = None, mask: Tensor | None = None, *, constant: bool = False
+) -> tuple[Tensor, Tensor]:
     """Weighted mean and standard deviation (ddof 0) of the valid entries of each row.
 
     Args:
         x: (*batch, n); finite where masked.
         weights: (*batch, n), non-negative, or None.
         mask: (*batch, n) bool, True = valid, or None.
+        constant: whether no gradient is to pass through them.
 
     Returns:
-        mean and std, both (*batch, 1), differentiable to any order. A row whose valid entries are all equal has
-        std 1, with zero gradient.
+        mean and std, both (*batch, 1), differentiable to any order unless ``constant``. A row whose valid entries are
+        all equal has std 1, with zero gradient.
     """
-    mean, std = apply(_MeanStd, x, weights, mask)
-    return mean, std
+    if constant:
+        with torch.no_grad():
+            mean, std = by_rows(_measure, x, weights, mask)
+    else:
+        mean, std = apply(_MeanStd, x, weights, mask)
+    return mean, std  # type: ignore[return-value]
 
 
 def _total(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -55,8 +62,14 @@ def _measure(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> tuple[Te
     mean, std = _moments(x, total, weights, mask)
     info = torch.finfo(x.dtype)
     least, most = info.tiny**0.4, info.max**0.4
-    bounds, largest = extent(std), extent(mean.abs())
-    if bounds and largest and least < bounds[0] and bounds[1] < most and largest[1] < _FAR * bounds[0]:
+    bounds, places = extent(std), extent(mean)
+    if (
+        bounds
+        and places
+        and least < bounds[0]
+        and bounds[1] < most
+        and max(-places[0], places[1]) < _FAR * bounds[0]
+    ):
         return mean, std
     # Constant rows, rows far from 0, and rows whose squares leave the dtype's range: measure from one of the entries,
     # which is exact for a constant row, in units of the largest deviation.

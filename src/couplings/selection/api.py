@@ -113,7 +113,8 @@ def soft_topk_mask(
     with full_precision(x):
         if mask is not None:
             mask = mask.expand(x.shape)
-        rows = prepare(x, dim, largest, weights, mask, standardize)
+        constant = method == "transport" and entropic.follows_spread(weights, epsilon, standardize)
+        rows = prepare(x, dim, largest, weights, mask, standardize, constant)
         soft: Callable[[Real], Tensor]
         if method == "transport":
             soft = partial(entropic.mask, rows, count)

@@ -30,14 +30,18 @@ def cut_mass(rows: Rows, k: int | Tensor) -> Tensor:
     return torch.where(wanted >= count, torch.inf, mass).detach()
 
 
+def follows_spread(weights: Tensor | None, epsilon: Real | None, standardize: bool) -> bool:
+    """Whether ``mask``'s own backward knows how the scale depends on the scores, so that autograd need not."""
+    return standardize and weights is None and not isinstance(epsilon, Tensor)
+
+
 def mask(rows: Rows, k: int | Tensor, epsilon: Real) -> Tensor:
     """A_i = sigmoid(2 x_i / (epsilon std) + theta) with sum_i w_i A_i = k mean(w)."""
     scale = logit_scale(rows, epsilon, 2.0)
     plain = isinstance(k, int) and 0 < k < rows.x.shape[-1] and rows.weights is None
     mass = None if plain else target_mass(rows, k)
     cut = hard_cut(rows.x, k if plain else cut_mass(rows, k), rows.weights, rows.mask)
-    direct = rows.standardized and rows.weights is None and not isinstance(epsilon, Tensor)
-    spread = (rows.mean, rows.std) if direct else None
+    spread = (rows.mean, rows.std) if rows.constant else None
     return soft_threshold(rows.x, scale, mass, rows.weights, rows.mask, cut, spread)
 
 
