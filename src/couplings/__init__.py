@@ -26,20 +26,25 @@ from couplings.ordering import (
     wasserstein_1d,
 )
 from couplings.selection import soft_topk, soft_topk_mask
+from couplings.similarity import MaxSimTopK, chamfer, maxsim, maxsim_topk
 from couplings.transport import Coupling, Status, solve
 
 __version__ = _version("couplings")
 
 __all__ = [
     "Coupling",
+    "MaxSimTopK",
     "OrderCertificate",
     "Status",
     "beam",
+    "chamfer",
     "gumbel_sinkhorn",
     "hard_assignment",
     "log_optimal_transport",
     "losses",
     "match_with_dustbin",
+    "maxsim",
+    "maxsim_topk",
     "mutual_matches",
     "nn",
     "order_certificate",

@@ -1,5 +1,6 @@
 """Losses built on the operators."""
 
+from couplings.losses.distillation import distillation_loss as distillation_loss
 from couplings.losses.knn import knn_loss as knn_loss
 from couplings.losses.knn import knn_predict as knn_predict
 from couplings.losses.matching import matching_loss as matching_loss

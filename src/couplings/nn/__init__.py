@@ -14,6 +14,7 @@ from couplings.nn.ranking import (
     TrimmedLoss,
 )
 from couplings.nn.selection import SoftTopK, SoftTopKMask
+from couplings.nn.similarity import MaxSim
 
 __all__ = [
     "AveragePrecisionLoss",
@@ -22,6 +23,7 @@ __all__ = [
     "KendallLoss",
     "LeastQuantileLoss",
     "MatchingLoss",
+    "MaxSim",
     "NDCGLoss",
     "RecallAtKLoss",
     "SinkhornNormalize",
