@@ -27,7 +27,7 @@ from couplings.ordering import (
 )
 from couplings.selection import soft_topk, soft_topk_mask
 from couplings.similarity import MaxSimTopK, chamfer, maxsim, maxsim_topk
-from couplings.transport import Coupling, Status, solve
+from couplings.transport import Coupling, Status, sinkhorn_divergence, solve
 
 __version__ = _version("couplings")
 
@@ -49,6 +49,7 @@ __all__ = [
     "nn",
     "order_certificate",
     "quantile_normalize",
+    "sinkhorn_divergence",
     "sinkhorn_normalize",
     "soft_median",
     "soft_permutation",

@@ -273,7 +273,7 @@ def test_nothing_and_nothing_is_zero():
 
 
 def inputs(p):
-    x, y, a, b = clouds(4, 3, seed=4)
+    x, y, a, b = clouds(3, 2, seed=4)
     epsilon = torch.tensor(0.1 if p > 1 else 0.2, dtype=torch.float64)
     return [t.requires_grad_() for t in (x, y, a, b, epsilon)]
 
@@ -364,7 +364,7 @@ def test_torch_func(way, request):
         torch.testing.assert_close(hessian, hessian.T, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("way", ["dense", "tiles"])
+@pytest.mark.parametrize("way", [pytest.param("dense", marks=pytest.mark.slow), "tiles"])
 def test_compile_fullgraph(way, request):
     if way == "tiles":
         request.getfixturevalue("in_tiles")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -50,8 +49,8 @@ class MaxSim(nn.Module):
 
     def forward(
         self,
-        queries: Tensor | Sequence[Tensor],
-        documents: Tensor | Sequence[Tensor],
+        queries: Tensor | list[Tensor] | tuple[Tensor, ...],
+        documents: Tensor | list[Tensor] | tuple[Tensor, ...],
         *,
         query_mask: Tensor | None = None,
         document_mask: Tensor | None = None,

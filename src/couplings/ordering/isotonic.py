@@ -18,10 +18,14 @@ import torch
 from torch import Tensor
 
 from couplings._rowwise import RowFunction, apply
-from couplings.ordering.isotonic_compiled import compiled
+from couplings.ordering import isotonic_compiled
 
 ROUNDS = 64
 """Parallel rounds before the rows that are not finished are finished one by one; random scores need 5 to 30."""
+
+MANY = 0.8
+"""Of the pieces, those that a round must not leave more of to be worth passing over all of them; either way of doing
+a round gives the same bits."""
 
 SHORT = 6
 """Rounds in which a block looks at its neighbours only; then at twice as many as it took in last."""
@@ -68,40 +72,126 @@ def pool_entropic(s: Tensor, w: Tensor, weights: Tensor | None = None, wall: Ten
     return Blocks(first, last)
 
 
+def rank_blocks(
+    ordered: Tensor,
+    rate: Tensor,
+    target: Tensor,
+    weights: Tensor | None,
+    valid: Tensor | None,
+    entropic: bool,
+) -> Blocks:
+    """The blocks of soft ranks.
+
+    Args:
+        ordered: (*batch, n) float64, rising.
+        rate: (*batch, 1), what it is multiplied with.
+        target: (*batch, n) or (n,), the ranks of the exact plan, rising.
+        weights: as in ``pool``.
+        valid: (*batch, n) bool, or None where all are.
+        entropic: whether the loss is that of ``pool_entropic``.
+    """
+    target = (target.log() if entropic else target).expand(ordered.shape)
+    given = (t if t is None else t.detach() for t in (ordered, rate, target, weights))
+    return Blocks(*apply(_RankBlocks, *given, valid, entropic))
+
+
+def value_blocks(
+    ordered: Tensor, std: Tensor, inverse: Tensor, valid: Tensor | None, entropic: bool
+) -> Blocks:
+    """The blocks of soft sorted values.
+
+    Args:
+        ordered: (*batch, n) float64, rising.
+        std: (*batch, 1), what it is divided by.
+        inverse: (*batch, 1), how far apart the multiples of 1 / epsilon lie.
+        valid: as in ``rank_blocks``.
+        entropic: as in ``rank_blocks``.
+    """
+    given = (t.detach() for t in (ordered, std, inverse))
+    return Blocks(*apply(_ValueBlocks, *given, valid, entropic))
+
+
 def take(column: Tensor, index: Tensor) -> Tensor:
     """``column[index]``, three times as fast."""
     return column.index_select(0, index)
 
 
+class _Pieces(NamedTuple):
+    """Runs of neighbouring entries that are in one block, all rows side by side; the names of ``_Problem``."""
+
+    over: Tensor
+    under: Tensor
+    closed: Tensor
+    s: Tensor | None
+    w: Tensor | None
+    begin: Tensor
+
+
+def _entries(y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None) -> _Pieces:
+    """Every entry on its own."""
+    closed = torch.zeros_like(y, dtype=torch.bool) if wall is None else wall.clone()
+    closed[..., -1] = True
+    flat = y.reshape(-1)
+    under = torch.ones_like(flat) if weights is None else weights.reshape(-1).to(flat.dtype, copy=True)
+    begin = torch.arange(flat.numel(), device=flat.device)
+    if w is None:
+        return _Pieces(under * flat, under, closed.reshape(-1), None, None, begin)
+    return _Pieces(under.clone(), under, closed.reshape(-1), flat, w.reshape(-1), begin)
+
+
+def _means(pieces: _Pieces) -> Tensor:
+    mean = pieces.over / pieces.under
+    return mean if pieces.s is None or pieces.w is None else mean.log_().add_(pieces.s - pieces.w)
+
+
+def _condensed(pieces: _Pieces) -> _Pieces | None:
+    """Every maximal run of violators made one piece, if these are many: a round of pooling like ``_Problem.merge``."""
+    over, under, closed, s, w, begin = pieces
+    value = _means(pieces)
+    begins = torch.ones_like(closed)
+    torch.logical_or(~(value[:-1] >= value[1:]), closed[:-1], out=begins[1:])  # NaN joins nobody
+    head = begins.nonzero().squeeze(-1)
+    if len(head) > MANY * len(over):
+        return None
+    tail = torch.cat((head[1:] - 1, head.new_tensor([len(over) - 1])))
+    run = begins.cumsum(0).sub_(1)
+    if s is not None and w is not None:
+        over = over * torch.exp(s - take(take(s, tail), run))
+        under = under * torch.exp(w - take(take(w, tail), run))
+    return _Pieces(
+        over.new_zeros(len(head)).index_add_(0, run, over),
+        under.new_zeros(len(head)).index_add_(0, run, under),
+        take(closed, tail),
+        None if s is None else take(s, tail),
+        None if w is None else take(w, tail),
+        take(begin, head),
+    )
+
+
 class _Problem:
-    """The blocks of all rows side by side, each under the index of its first entry.
+    """The blocks of all rows side by side, each under the index of the first of the pieces it is made of.
+
+    A piece is an entry, or what ``_condensed`` made one of.
 
     Attributes:
         value: of the block that begins here.
-        over, under: numerator and denominator of the mean; under the entropic loss relative to the block's last entry,
+        over, under: numerator and denominator of the mean; under the entropic loss relative to the block's last piece,
             its largest, so that no exponential overflows.
         first: of the block that ends here.
         last: of the block that begins here.
         gain: how many blocks the one that begins here took in when it last did, once this is counted.
-        s, w: as in ``pool_entropic``, or None.
+        closed: whether the piece and its right neighbour are never put into one block.
+        s, w: of the last entry of each piece as in ``pool_entropic``, or None.
+        begin: the index of the first entry of each piece.
+        n: entries of a row.
     """
 
-    def __init__(self, y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None) -> None:
-        n = y.shape[-1]
-        flat = y.reshape(-1)
-        self.s: Tensor | None = None if w is None else flat
-        self.w: Tensor | None = None if w is None else w.reshape(-1)
-        self.value = flat.clone() if self.w is None else flat - self.w
-        self.under = (
-            torch.ones_like(flat) if weights is None else weights.reshape(-1).to(flat.dtype, copy=True)
-        )
-        self.over = self.under * flat if self.w is None else self.under.clone()
-        self.first = torch.arange(flat.numel(), device=flat.device)
+    def __init__(self, pieces: _Pieces, n: int) -> None:
+        self.over, self.under, self.closed, self.s, self.w, self.begin = pieces
+        self.value = _means(pieces)
+        self.first = torch.arange(self.over.numel(), device=self.over.device)
         self.last = self.first.clone()
         self.gain: Tensor | None = None
-        closed = torch.zeros_like(y, dtype=torch.bool) if wall is None else wall.clone()
-        closed[..., -1] = True
-        self.closed = closed.reshape(-1)
         self.n = n
 
     def violators(self, border: Tensor) -> Tensor:
@@ -208,8 +298,9 @@ class _Problem:
 
     def finish(self, border: Tensor) -> None:
         """The same one by one, for the rows that these open borders lie in."""
-        for row in (border // self.n).unique().tolist():
-            low, high = row * self.n, (row + 1) * self.n
+        rows = (take(self.begin, border) // self.n).unique()
+        edges = torch.searchsorted(self.begin, torch.stack((rows, rows + 1)) * self.n)
+        for low, high in edges.mT.tolist():
             inside = border[(border >= low) & (border < high)] - low
             whole = slice(low, high)
             first, last = (self.first[whole] - low).tolist(), (self.last[whole] - low).tolist()
@@ -268,46 +359,79 @@ def pool_one_by_one(
 
 
 def _solve(y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The partition on the CPU; under the entropic loss as a least-squares fit in the rows that double holds."""
+    if y.device.type != "cpu":
+        # one copy there, one back: on an accelerator each round would wait for an answer
+        on_cpu = [None if t is None else t.cpu() for t in (y, w, weights, wall)]
+        first, last = _solve(on_cpu[0], *on_cpu[1:])  # type: ignore[arg-type]
+        return first.to(y.device), last.to(y.device)
+    if w is None or y.numel() == 0:
+        return _solve_as_given(y, w, weights, wall)
+    mild = (y[..., -1] - y[..., 0] < RANGE) & (w[..., -1] - w[..., 0] < RANGE)
+    if mild.all():
+        return _solve_as_given(*_least_squares(y, w, weights), wall)
+    if not mild.any():
+        return _solve_as_given(y, w, weights, wall)
+    first = torch.empty(y.shape, dtype=torch.int64, device="cpu")
+    last = torch.empty_like(first)
+    for rows in (mild, ~mild):
+        masses, walls = (t if t is None else t[rows] for t in (weights, wall))
+        some: tuple[Tensor, Tensor | None, Tensor | None] = y[rows], w[rows], masses
+        if rows is mild:
+            some = _least_squares(y[rows], w[rows], masses)
+        first[rows], last[rows] = _solve_as_given(*some, walls)
+    return first, last
+
+
+RANGE = 600.0
+"""Natural logarithm of what double holds beside 1, and of its inverse; some of it is left to weights."""
+
+
+def _least_squares(s: Tensor, w: Tensor, weights: Tensor | None) -> tuple[Tensor, None, Tensor]:
+    """y and weights whose least-squares fit has the same partition: means of exp(s - w) weighted with exp(w)."""
+    high, low = (s - s[..., -1:]), (w - w[..., -1:])
+    under = low.exp()
+    return high.sub_(low).exp_(), None, under if weights is None else under.mul_(weights)
+
+
+def _solve_as_given(
+    y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None
+) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         empty = torch.zeros(y.shape, dtype=torch.int64, device=y.device)
         return empty, empty.clone()
-    device, shape = y.device, y.shape
-    if (
-        device.type != "cpu"
-    ):  # one copy there, one back: on an accelerator each round would wait for an answer
-        on_cpu = [None if t is None else t.cpu() for t in (y, w, weights, wall)]
-        first, last = _solve(on_cpu[0], *on_cpu[1:])  # type: ignore[arg-type]
-        return first.to(device), last.to(device)
-    sequential = compiled()
+    shape = y.shape
+    sequential = isotonic_compiled.compiled()
     if sequential is not None:
-        return sequential(y, w, weights, wall)
-    n = shape[-1]
-    problem = _Problem(y, w, weights, wall)
+        return sequential.pool(y, w, weights, wall)
+    pieces = _entries(y, w, weights, wall)
+    many = y.numel() > SMALL
+    done = 0
+    while many and done < SHORT and (fewer := _condensed(pieces)):
+        pieces, done = fewer, done + 1
+    problem = _Problem(pieces, shape[-1])
     border = (~problem.closed).nonzero().squeeze(-1)
-    if y.numel() > SMALL:
-        for turn in range(ROUNDS):
-            border = problem.violators(border)
-            if border.numel() == 0:
-                break
-            if turn >= SHORT:
-                if (turn - SHORT) % REFRESH == 0:
-                    heads = problem.heads()
-                    rank = torch.empty_like(problem.first)
-                    rank[heads] = torch.arange(len(heads))
-                border = problem.look_far(border, heads, rank)
-                if problem.gain is None:
-                    problem.gain = torch.zeros_like(problem.first)
-            border = problem.merge(border)
+    for turn in range(done, ROUNDS if many else 0):
+        border = problem.violators(border)
+        if border.numel() == 0:
+            break
+        if turn >= SHORT:
+            if (turn - SHORT) % REFRESH == 0:
+                heads = problem.heads()
+                rank = torch.empty_like(problem.first)
+                rank[heads] = torch.arange(len(heads))
+            border = problem.look_far(border, heads, rank)
+            if problem.gain is None:
+                problem.gain = torch.zeros_like(problem.first)
+        border = problem.merge(border)
     if border.numel():
         problem.finish(border)
-    heads = problem.heads()
-    ends = torch.cat((heads[1:], heads.new_tensor([y.numel()])))
-    sizes = ends - heads
-    index = torch.arange(n)
-    first = heads.repeat_interleave(sizes).view(shape)
-    last = (ends - 1).repeat_interleave(sizes).view(shape)
-    offset = torch.arange(y.numel()).view(shape) - index
-    return first - offset, last - offset
+    begin = take(pieces.begin, problem.heads())
+    size = torch.cat((begin[1:], begin.new_tensor([y.numel()]))) - begin
+    row = begin // problem.n * problem.n
+    block = torch.repeat_interleave(size, output_size=y.numel())
+    first = begin.sub_(row)
+    return take(first, block).view(shape), take(first + size - 1, block).view(shape)
 
 
 _solve_op = torch.library.custom_op("couplings::pool_adjacent_violators", _solve, mutates_args=())
@@ -320,20 +444,86 @@ def _(y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None) 
     )
 
 
-class _Pool(RowFunction):
-    @staticmethod
-    def forward(
-        y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        solve = _solve_op if torch.compiler.is_compiling() else _solve
-        first, last = solve(y, w, weights, wall)
-        return first, last
+def _partition(
+    y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    solve = _solve_op if torch.compiler.is_compiling() else _solve
+    first, last = solve(y, w, weights, wall)
+    return first, last
+
+
+class _Partition(RowFunction):
+    """A partition is constant almost everywhere."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.mark_non_differentiable(*output)
+        ctx.count = len(inputs)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        """A partition is constant almost everywhere."""
-        return (None,) * 4
+        """Nothing."""
+        nothing: tuple[None, ...] = (None,) * ctx.count
+        return nothing
+
+
+class _Pool(_Partition):
+    @staticmethod
+    def forward(
+        y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return _partition(y, w, weights, wall)
+
+
+def _climb(ordered: Tensor, rate: Tensor, widest: float) -> tuple[Tensor, Tensor]:
+    """Rate times what lies below each entry, counting at most so much a gap; and before which gaps that are wider."""
+    if ordered.device.type == "cpu" and not torch.compiler.is_compiling():
+        kernels = isotonic_compiled.compiled()
+        if kernels is not None:
+            return kernels.climb(ordered, rate, widest)
+    gap = (ordered[..., 1:] - ordered[..., :-1]).mul_(rate)
+    wall = torch.nn.functional.pad(gap >= widest, (0, 1))
+    return torch.nn.functional.pad(gap.clamp_(max=widest).cumsum_(-1), (1, 0)), wall
+
+
+def _ends_before(flag: Tensor) -> Tensor:
+    """Whether the next entry has the flag; False for the last one."""
+    return torch.nn.functional.pad(flag[..., 1:], (0, 1))
+
+
+class _RankBlocks(_Partition):
+    @staticmethod
+    def forward(
+        ordered: Tensor,
+        rate: Tensor,
+        target: Tensor,
+        weights: Tensor | None,
+        valid: Tensor | None,
+        entropic: bool,
+    ) -> tuple[Tensor, Tensor]:
+        n = ordered.shape[-1]
+        # no block reaches across a gap wider than all targets: as wide a gap will do, and keeps numbers small
+        widest = math.log(n) + 1 if entropic else float(n)
+        s, wall = _climb(ordered, rate, widest)
+        if valid is not None:
+            wall |= _ends_before(~valid)
+        if entropic:
+            return _partition(s, target, weights, wall)
+        return _partition(s.sub_(target), None, weights, wall)
+
+
+class _ValueBlocks(_Partition):
+    @staticmethod
+    def forward(
+        ordered: Tensor, std: Tensor, inverse: Tensor, valid: Tensor | None, entropic: bool
+    ) -> tuple[Tensor, Tensor]:
+        w = (ordered - ordered[..., :1]).div_(std)
+        if valid is not None:
+            w.masked_fill_(~valid, 0)
+        spread = w.amax(-1, keepdim=True) if w.shape[-1] else w.sum(-1, keepdim=True)
+        wall = (inverse >= spread).expand(w.shape)
+        if valid is not None:
+            wall = wall | _ends_before(~valid)
+        place = torch.arange(w.shape[-1], dtype=torch.float64, device=w.device)
+        s = place * torch.minimum(inverse, spread)
+        return _partition(s, w, None, wall) if entropic else _partition(s.sub_(w), None, None, wall)

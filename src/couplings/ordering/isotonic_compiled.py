@@ -1,24 +1,46 @@
-"""The sequential pooling of ``isotonic.py`` compiled by numba, where that is installed (projection.md, "Pooling").
+"""What ``method="projection"`` compiles by numba, where that is installed (projection.md, "Compiled").
 
+The sequential pooling of ``isotonic.py``, sums over its blocks, and a sort of float32 rows (``sort_compiled.py``).
 numba is imported at the first use. Where it is absent, or fails at anything, ``compiled`` is None from then on.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Pooling = Callable[[Tensor, "Tensor | None", "Tensor | None", "Tensor | None"], tuple[Tensor, Tensor]]
-"""Scores y or s, w, weights, wall, as in ``isotonic.py``, on the CPU; the first and last index of every block."""
+from couplings.ordering.sort_compiled import PASSES, SIZE, sort_rows
+
+PARALLEL = 2**15
+"""Entries from which rows are shared between as many threads as torch uses; to start one costs as much as some 10^4."""
 
 
-def compiled() -> Pooling | None:
-    """The compiled pooling, or None."""
+class Compiled(NamedTuple):
+    """The compiled functions, on CPU tensors.
+
+    Attributes:
+        pool: y or s, w, weights, wall, as in ``isotonic.py``, to the first and the last index of every block.
+        block_sum: (*batch, n) float64, the last index of every block, and whether means are wanted, to the sums or
+            means over blocks, at every entry.
+        climb: (*batch, n) and (*batch, 1) float64 and a float, as in ``isotonic._climb``.
+        sort: (*batch, n) float32 to the entries in rising order, float64, and where each came from.
+    """
+
+    pool: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
+    block_sum: Callable[[Tensor, Tensor, bool], Tensor]
+    climb: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    sort: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def compiled() -> Compiled | None:
+    """The compiled functions, or None."""
     return _attempt()[0]
 
 
@@ -28,7 +50,7 @@ def status() -> str:
 
 
 @functools.cache
-def _attempt() -> tuple[Pooling | None, str]:
+def _attempt() -> tuple[Compiled | None, str]:
     """Compile, and try on one row."""
     try:
         import numba
@@ -36,13 +58,35 @@ def _attempt() -> tuple[Pooling | None, str]:
         if numba.config.DISABLE_JIT:
             return None, "plain torch (NUMBA_DISABLE_JIT is set)"
         real, flag, index = "float64[:, ::1]", "boolean[:, ::1]", "int64[:, ::1]"
-        signature = f"void({real}, {real}, {real}, {flag}, {index}, {index}, int64[::1], {real})"
-        rows = numba.njit(signature, cache=True, nogil=True, error_model="numpy")(_pool_rows)
-        pooling = functools.partial(_pool, rows)
-        first, last = pooling(torch.tensor([[1.0, 0.0]], dtype=torch.float64, device="cpu"), None, None, None)
-        if (first.tolist(), last.tolist()) != ([[0, 0]], [[1, 1]]):
+
+        def build(function: Callable[..., None], *arguments: str) -> Callable[..., None]:
+            signature = f"void({', '.join(arguments)})"
+            jit = numba.njit(signature, cache=True, nogil=True, error_model="numpy")
+            return jit(function)  # type: ignore[no-any-return]
+
+        pool = build(_pool_rows, real, real, real, flag, index, index, "int64[::1]", real)
+        sums = build(_sum_blocks, real, index, "boolean", real)
+        climb = build(_climb_rows, real, real, "float64", real, flag)
+        sort = build(
+            sort_rows,
+            *("int32[:, ::1]", "float32[:, ::1]", index, real),
+            *(index, "uint32[:, ::1]", "int32[:, ::1]"),
+        )
+        found = Compiled(
+            functools.partial(_pool, pool),
+            functools.partial(_sum, sums),
+            functools.partial(_climb, climb),
+            functools.partial(_sort, sort),
+        )
+        trial = torch.tensor([[1.0, -2.0]], device="cpu")
+        ordered, order = found.sort(trial)
+        first, last = found.pool(trial.double(), None, None, None)
+        total = found.block_sum(ordered, last, False)
+        s, wall = found.climb(ordered, torch.ones_like(total[:, :1]), 2.0)
+        results = [t.tolist() for t in (ordered, order, first, last, total, s, wall)]
+        if results != [[[-2, 1]], [[1, 0]], [[0, 0]], [[1, 1]], [[-1, -1]], [[0, 2]], [[True, False]]]:
             return None, f"plain torch (numba {numba.__version__} computes something else)"
-        return pooling, f"compiled by numba {numba.__version__}"
+        return found, f"compiled by numba {numba.__version__}"
     except ModuleNotFoundError as error:
         if error.name == "numba":
             return None, "plain torch (numba is not installed: pip install 'couplings[fast]' makes it faster)"
@@ -52,29 +96,139 @@ def _attempt() -> tuple[Pooling | None, str]:
         return None, f"plain torch (numba does not work here: {type(error).__name__}: {text})"
 
 
+def _rows(column: Tensor | None, n: int, dtype: torch.dtype) -> Any:
+    """As a (rows, n) array in one piece of memory, of that dtype; no rows of nothing."""
+    if column is None:
+        return torch.empty((0, n), dtype=dtype, device="cpu").numpy()
+    return column.detach().to(dtype).reshape(-1, n).contiguous().numpy()
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.float64) -> Any:
+    return torch.empty(shape, dtype=dtype, device="cpu").numpy()
+
+
+def _shared(work: Callable[[slice], None], rows: int, n: int) -> None:
+    """``work`` on all rows, in as many parts as torch has threads; no thread outlives the call, or a fork."""
+    parts = min(rows, torch.get_num_threads()) if rows * n >= PARALLEL else 1
+    bounds = [rows * part // parts for part in range(parts + 1)]
+    own, *others = (slice(low, high) for low, high in itertools.pairwise(bounds))
+    failed: list[BaseException] = []
+
+    def guarded(part: slice) -> None:
+        try:
+            work(part)
+        except BaseException as error:  # noqa: BLE001 - raised below, where somebody can see it
+            failed.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(part,)) for part in others]
+    for thread in threads:
+        thread.start()
+    guarded(own)
+    for thread in threads:
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
 def _pool(
-    rows: Callable[..., None], y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None
+    kernel: Callable[..., None], y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     n = y.shape[-1]
-
-    def array(column: Tensor | None, dtype: torch.dtype) -> Any:
-        if column is None:
-            return torch.empty((0, n), dtype=dtype, device="cpu").numpy()
-        return column.to(dtype).reshape(-1, n).contiguous().numpy()
-
+    columns = [_rows(column, n, torch.float64) for column in (y, w, weights)] + [_rows(wall, n, torch.bool)]
     first = torch.empty(y.shape, dtype=torch.int64, device="cpu")
     last = torch.empty_like(first)
-    rows(
-        array(y, torch.float64),
-        array(w, torch.float64),
-        array(weights, torch.float64),
-        array(wall, torch.bool),
-        array(first, torch.int64),
-        array(last, torch.int64),
-        torch.empty(n, dtype=torch.int64, device="cpu").numpy(),
-        torch.empty((3, n), dtype=torch.float64, device="cpu").numpy(),
-    )
+    columns += [_rows(first, n, torch.int64), _rows(last, n, torch.int64)]
+
+    def work(part: slice) -> None:
+        kernel(*(column[part] for column in columns), _new(n, dtype=torch.int64), _new(3, n))
+
+    _shared(work, len(columns[0]), n)
     return first, last
+
+
+def _sum(kernel: Callable[..., None], value: Tensor, last: Tensor, mean: bool) -> Tensor:
+    n = value.shape[-1]
+    out = torch.empty(value.shape, dtype=torch.float64, device="cpu")
+    given, ends, found = (
+        _rows(t, n, dtype) for t, dtype in ((value, torch.float64), (last, torch.int64), (out, torch.float64))
+    )
+    _shared(lambda part: kernel(given[part], ends[part], mean, found[part]), len(given), n)
+    return out
+
+
+def _climb(
+    kernel: Callable[..., None], ordered: Tensor, rate: Tensor, widest: float
+) -> tuple[Tensor, Tensor]:
+    n = ordered.shape[-1]
+    s = torch.empty(ordered.shape, dtype=torch.float64, device="cpu")
+    wall = torch.empty(ordered.shape, dtype=torch.bool, device="cpu")
+    given, rates = _rows(ordered, n, torch.float64), _rows(rate, 1, torch.float64)
+    upto, closed = _rows(s, n, torch.float64), _rows(wall, n, torch.bool)
+    _shared(lambda part: kernel(given[part], rates[part], widest, upto[part], closed[part]), len(given), n)
+    return s, wall
+
+
+def _sort(kernel: Callable[..., None], x: Tensor) -> tuple[Tensor, Tensor]:
+    n = x.shape[-1]
+    ordered = torch.empty(x.shape, dtype=torch.float64, device="cpu")
+    order = torch.empty(x.shape, dtype=torch.int64, device="cpu")
+    values = _rows(x, n, torch.float32)
+    arrays = (values.view("int32"), values, _rows(order, n, torch.int64), _rows(ordered, n, torch.float64))
+
+    def work(part: slice) -> None:
+        index = _new(2, n, dtype=torch.int32)
+        count = _new(PASSES, SIZE, dtype=torch.int64)
+        kernel(*(array[part] for array in arrays), count, index.view("uint32"), index.copy())
+
+    _shared(work, len(values), n)
+    return ordered, order
+
+
+def _sum_blocks(value: Any, last: Any, mean: bool, out: Any) -> None:
+    """Sums over runs of neighbours, or their means, at every entry.
+
+    Args:
+        value: (rows, n).
+        last: (rows, n), the last index of each entry's run.
+        mean: whether sums are divided by the number of entries.
+        out: (rows, n), written.
+    """
+    n = value.shape[1]
+    for row in range(len(value)):
+        begin = 0
+        while begin < n:
+            end = last[row, begin] + 1
+            total = 0.0
+            for i in range(begin, end):
+                total += value[row, i]
+            if mean:
+                total /= end - begin
+            for i in range(begin, end):
+                out[row, i] = total
+            begin = end
+
+
+def _climb_rows(ordered: Any, rate: Any, widest: float, s: Any, wall: Any) -> None:
+    """``isotonic._climb``.
+
+    Args:
+        ordered: (rows, n), rising.
+        rate: (rows, 1).
+        widest: what a gap counts at most.
+        s: (rows, n), written.
+        wall: (rows, n) bool, written.
+    """
+    n = ordered.shape[1]
+    for row in range(len(ordered)):
+        total = 0.0
+        s[row, 0] = total
+        for i in range(1, n):
+            gap = (ordered[row, i] - ordered[row, i - 1]) * rate[row, 0]
+            wide = gap >= widest
+            wall[row, i - 1] = wide
+            total += widest if wide else gap
+            s[row, i] = total
+        wall[row, n - 1] = False
 
 
 def _pool_rows(

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from couplings import _checks
 from couplings._scale import mean_std
-from couplings.ordering.isotonic import Blocks, pool, pool_entropic
+from couplings.ordering.blocks import block_size, block_sum, centred, softmax, sort_rows
+from couplings.ordering.isotonic import Blocks, rank_blocks, value_blocks
 from couplings.ordering.rows import Real, Rows
 
 DEFAULT_EPSILON = {"soft_rank": 0.1, "soft_rank kl": 1.0, "soft_sort": 10.0}
@@ -37,31 +38,17 @@ def ranks(rows: Rows, epsilon: Real, *, regularization: str = "l2") -> Tensor:
     _checks.choice("regularization", regularization, REGULARIZATIONS)
     entropic = regularization == "kl"
     ordered, order, valid = _sorted(rows)
-    place = torch.arange(rows.x.shape[-1], dtype=torch.float64, device=rows.x.device)
-    inverse, std = _inverse(epsilon), _std(rows)
+    rate = _rate(rows, epsilon)
+    place = torch.arange(1, rows.x.shape[-1] + 1, dtype=torch.float64, device=rows.x.device)
     weights = None if rows.weights is None else _shares(rows, rows.weights, order)
-    target = (place + 1).expand(ordered.shape) if weights is None else _plan_ranks(weights, rows.count)
-    with torch.no_grad():
-        # no block reaches across a gap wider than all targets: as wide a gap will do, and keeps numbers small
-        widest = math.log(len(place)) + 1 if entropic else float(len(place))
-        gap = (ordered[..., 1:] - ordered[..., :-1]) / std * inverse
-        wall = torch.nn.functional.pad((gap >= widest) | ~valid[..., 1:], (0, 1))
-        s = torch.nn.functional.pad(gap.clamp(max=widest).cumsum(-1), (1, 0))
-        if entropic:
-            blocks = pool_entropic(s, target.log(), weights, wall)
-        else:
-            blocks = pool(s - target, weights, wall)
+    target = place if weights is None else _plan_ranks(weights, rows.count)
+    blocks = rank_blocks(ordered, rate, target, weights, valid, entropic)
     if entropic:
-        # softmax of the block, relative to its largest entry, times its share of the ranks
-        power = ((ordered - ordered.detach().gather(-1, blocks.last)) / std * inverse).exp()
-        total = _block_sum(power if weights is None else power * weights, blocks)
-        found = power * (_rank_sum(blocks, weights, target) / total)
+        # softmax of the block times its share of the ranks
+        found = softmax(ordered, rate, weights, blocks) * _rank_sum(blocks, weights, target)
     else:
-        offset = (ordered - ordered.detach().gather(-1, blocks.first)) / std * inverse
-        size = _size(blocks) if weights is None else _block_sum(weights, blocks)
-        total = _block_sum(offset if weights is None else offset * weights, blocks)
-        found = offset + (_rank_sum(blocks, weights, target) - total) / size
-    found = _as_input(rows, found.masked_fill(~valid, 0) if rows.mask is not None else found)
+        found = centred(ordered, rate, weights, blocks) + _rank_mean(blocks, weights, target)
+    found = _as_input(rows, found, ordered, valid)
     return torch.zeros_like(found).scatter(-1, order, found)
 
 
@@ -78,71 +65,81 @@ def sorted_values(rows: Rows, epsilon: Real, *, regularization: str = "l2") -> T
     if rows.weights is not None:
         ordered = _plan_values(ordered, _shares(rows, rows.weights, order), rows.count, valid)
     place = torch.arange(rows.x.shape[-1], dtype=torch.float64, device=rows.x.device)
-    std, inverse = _std(rows), _inverse(epsilon)
-    with torch.no_grad():
-        w = ((ordered - ordered[..., :1]) / std).masked_fill(~valid, 0)
-        spread = w.amax(-1, keepdim=True) if w.shape[-1] else w.sum(-1, keepdim=True)
-        step = torch.minimum(torch.as_tensor(inverse, dtype=torch.float64, device=w.device), spread)
-        wall = (inverse >= spread) | ~torch.nn.functional.pad(valid[..., 1:], (0, 1))
-        s = place * step
-        blocks = pool_entropic(s, w, None, wall) if entropic else pool(s - w, None, wall)
-    size = _size(blocks)
+    std = _std(rows)
+    inverse = _inverse(epsilon, std)
+    blocks = value_blocks(ordered, std, inverse, valid, entropic)
     if entropic:
         base = ordered.detach().gather(-1, blocks.last)
-        mass = _block_sum(((ordered - base) / std).exp(), blocks)
-        # log-sum-exp of rising multiples of 1 / epsilon relative to the last: a geometric series
-        series = torch.log(torch.expm1(-size * inverse) / _expm1(-inverse))
-        found = base + std * ((place - blocks.last) * inverse + mass.log() - series)
+        mass = block_sum(((ordered - base) / std).exp(), blocks)
+        found = base + std * (mass.log() + ((place - blocks.last) * inverse - _series(blocks, epsilon)))
     else:
-        base = ordered.detach().gather(-1, blocks.first)
-        middle = (blocks.first + blocks.last).to(torch.float64) / 2
-        found = base + _block_sum(ordered - base, blocks) / size + (place - middle) * (std * inverse)
-    return _as_input(rows, found if rows.mask is None else found.masked_fill(~valid, 0))
+        middle = (blocks.first + blocks.last).to(torch.float64).mul_(0.5)
+        mean = ordered - centred(ordered, torch.ones_like(std), None, blocks)
+        found = torch.addcmul(mean, place - middle, std * inverse)
+    return _as_input(rows, found, ordered, valid)
 
 
-def _sorted(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores in rising order, valid ones first, as float64; where they came from; which are valid."""
-    key = rows.x if rows.mask is None else rows.x.masked_fill(~rows.mask, math.inf)
-    ordered, order = key.sort(-1)
+def _series(blocks: Blocks, epsilon: Real) -> Tensor:
+    """log-sum-exp of rising multiples of 1 / epsilon, one per entry of the block, relative to the last of them."""
+    size = blocks.last - blocks.first + 1
+    if isinstance(epsilon, Tensor):
+        inverse = 1 / epsilon.double()
+        return torch.log(torch.expm1(-size * inverse) / torch.expm1(-inverse))
+    every = torch.arange(size.shape[-1] + 1, dtype=torch.float64, device=size.device)
+    return torch.log(torch.expm1(every * (-1 / epsilon)) / math.expm1(-1 / epsilon))[size]
+
+
+def _sorted(rows: Rows) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scores in rising order, valid ones first, as float64; where they came from; which are valid, if not all."""
     if rows.mask is None:
-        return ordered.double(), order, torch.ones_like(order, dtype=torch.bool)
+        return *sort_rows(rows.x), None
+    ordered, order = sort_rows(rows.x.masked_fill(~rows.mask, math.inf))
     valid = rows.mask.gather(-1, order)
-    return ordered.masked_fill(~valid, 0).double(), order, valid
+    return ordered.masked_fill(~valid, 0), order, valid
 
 
-def _std(rows: Rows) -> Tensor | float:
-    """What the scores are measured in, (*batch, 1)."""
-    return mean_std(rows.x, rows.weights, rows.mask)[1].double() if rows.standardize else 1.0
+def _std(rows: Rows) -> Tensor:
+    """What the scores are measured in, (*batch, 1) float64."""
+    if rows.standardize:
+        return mean_std(rows.x, rows.weights, rows.mask)[1].double()
+    return rows.x.new_ones((*rows.x.shape[:-1], 1), dtype=torch.float64)
 
 
-def _inverse(epsilon: Real) -> Real:
-    return 1 / epsilon.double() if isinstance(epsilon, Tensor) else 1 / epsilon
+def _rate(rows: Rows, epsilon: Real) -> Tensor:
+    """1 / (std epsilon), (*batch, 1) float64."""
+    std = _std(rows)
+    return _inverse(epsilon, std) / std
 
 
-def _expm1(value: Real) -> Real:
-    return torch.expm1(value) if isinstance(value, Tensor) else math.expm1(value)
+def _inverse(epsilon: Real, like: Tensor) -> Tensor:
+    """1 / epsilon, (*batch, 1) float64."""
+    if isinstance(epsilon, Tensor):
+        return 1 / epsilon.double().expand(like.shape)
+    return torch.full_like(like, 1 / epsilon)
 
 
-def _as_input(rows: Rows, found: Tensor) -> Tensor:
-    """In the dtype of the scores; NaN where the row holds anything that is not a number."""
-    broken = ~rows.x.isfinite().all(-1, keepdim=True)
-    return found.to(rows.x.dtype).masked_fill(broken, math.nan)
-
-
-def _block_sum(value: Tensor, blocks: Blocks) -> Tensor:
-    """The sum over its block, at every entry."""
-    return torch.zeros_like(value).scatter_add(-1, blocks.first, value).gather(-1, blocks.first)
-
-
-def _size(blocks: Blocks) -> Tensor:
-    return (blocks.last - blocks.first + 1).to(torch.float64)
+def _as_input(rows: Rows, found: Tensor, ordered: Tensor, valid: Tensor | None) -> Tensor:
+    """In the dtype of the scores; 0 where not valid, NaN where the row holds anything that is not a number."""
+    found = found.to(rows.x.dtype)
+    if valid is not None:
+        broken = ~rows.x.isfinite().all(-1, keepdim=True)
+        return found.masked_fill(~valid, 0).masked_fill(broken, math.nan)
+    ends = ordered.detach()[..., :: max(1, ordered.shape[-1] - 1)]  # NaN is sorted last
+    return found + (0 * ends).sum(-1, keepdim=True).to(found.dtype)
 
 
 def _rank_sum(blocks: Blocks, weights: Tensor | None, target: Tensor) -> Tensor:
     """The sum of the ranks that a block has to share."""
     if weights is not None:
-        return _block_sum(weights * target, blocks)
-    return _size(blocks) * ((blocks.first + blocks.last).to(torch.float64) / 2 + 1)
+        return block_sum(weights * target, blocks)
+    return block_size(blocks).mul_(_rank_mean(blocks, None, target))
+
+
+def _rank_mean(blocks: Blocks, weights: Tensor | None, target: Tensor) -> Tensor:
+    """The mean of the ranks of a block."""
+    if weights is not None:
+        return block_sum(weights * target, blocks) / block_sum(weights, blocks)
+    return (blocks.first + blocks.last).to(torch.float64).mul_(0.5).add_(1)
 
 
 def _shares(rows: Rows, weights: Tensor, order: Tensor) -> Tensor:
@@ -163,11 +160,12 @@ def _plan_ranks(weights: Tensor, count: Tensor) -> Tensor:
     return first + 1 + torch.minimum((beyond / weights).clamp_min(0), more)
 
 
-def _plan_values(ordered: Tensor, weights: Tensor, count: Tensor, valid: Tensor) -> Tensor:
+def _plan_values(ordered: Tensor, weights: Tensor, count: Tensor, valid: Tensor | None) -> Tensor:
     """Sorted values under the exact plan: the means of the quantile function over (j - 1, j) of count."""
-    weights = weights.masked_fill(~valid, 0)
     base = ordered[..., :1].detach()
-    offset = (ordered - base).masked_fill(~valid, 0)
+    offset = ordered - base
+    if valid is not None:
+        weights, offset = weights.masked_fill(~valid, 0), offset.masked_fill(~valid, 0)
     end, upto = weights.cumsum(-1), (weights * offset).cumsum(-1)
     target = torch.arange(1, ordered.shape[-1] + 1, dtype=torch.float64, device=ordered.device)
     target = torch.minimum(target.expand(ordered.shape), count.double())
@@ -175,4 +173,4 @@ def _plan_values(ordered: Tensor, weights: Tensor, count: Tensor, valid: Tensor)
     holder = torch.minimum(holder, (count.long() - 1).clamp_min(0))
     integral = upto.gather(-1, holder) - (end.gather(-1, holder) - target) * offset.gather(-1, holder)
     found = base + integral - torch.nn.functional.pad(integral[..., :-1], (1, 0))
-    return found.masked_fill(~valid, 0)
+    return found if valid is None else found.masked_fill(~valid, 0)
