@@ -6,14 +6,14 @@ import pytest
 import torch
 from scipy.optimize import isotonic_regression
 
-from couplings.ordering import isotonic
+from couplings.ordering import isotonic, isotonic_compiled
 from couplings.ordering.isotonic import Blocks, pool, pool_entropic
 
 
 @pytest.fixture(autouse=True)
 def _plain(monkeypatch):
     """Not the compiled pooling: test_isotonic_compiled.py."""
-    monkeypatch.setattr(isotonic, "compiled", lambda: None)
+    monkeypatch.setattr(isotonic_compiled, "compiled", lambda: None)
 
 
 def inputs(n, rows=4):

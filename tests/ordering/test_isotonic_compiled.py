@@ -10,7 +10,7 @@ from scipy.optimize import isotonic_regression
 from test_isotonic import block_mean, inputs, log_sum
 
 import couplings as cp
-from couplings.ordering import isotonic, isotonic_compiled
+from couplings.ordering import isotonic_compiled
 from couplings.ordering.isotonic import pool, pool_entropic
 
 
@@ -34,7 +34,7 @@ def slow(monkeypatch):
 
     def run(function, *args):
         with monkeypatch.context() as patch:
-            patch.setattr(isotonic, "compiled", lambda: None)
+            patch.setattr(isotonic_compiled, "compiled", lambda: None)
             return function(*args)
 
     return run
