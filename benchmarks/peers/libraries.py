@@ -154,3 +154,16 @@ def softtorch_topk(x: Tensor, k: int, softness: float, method: str) -> tuple[Ten
         x, k, dim=-1, softness=softness, method=method
     )
     return found.values, found.indices
+
+
+def diffsort_permutation(network: str, size: int, steepness: float) -> Callable[[Tensor], Tensor]:
+    """diffsort's sorting network with Cauchy swaps: scores (rows, n) to matrices (rows, n, n), places first as ours."""
+    net = library("diffsort", "diffsort").DiffSortNet(
+        network, size, steepness=steepness, distribution="cauchy"
+    )
+
+    def run(x: Tensor) -> Tensor:
+        found: Tensor = net(x)[1].transpose(-1, -2)
+        return found
+
+    return run
