@@ -4,6 +4,8 @@ from importlib.metadata import version as _version
 
 from couplings import beam, losses, nn, testing
 from couplings.attention import topk_attention
+from couplings.losses.contrastive import EmbeddingDiagnostics, diagnostics
+from couplings.losses.heatmap import similarity_heatmap
 from couplings.matching import (
     gumbel_sinkhorn,
     hard_assignment,
@@ -33,11 +35,13 @@ __version__ = _version("couplings")
 
 __all__ = [
     "Coupling",
+    "EmbeddingDiagnostics",
     "MaxSimTopK",
     "OrderCertificate",
     "Status",
     "beam",
     "chamfer",
+    "diagnostics",
     "gumbel_sinkhorn",
     "hard_assignment",
     "log_optimal_transport",
@@ -49,6 +53,7 @@ __all__ = [
     "nn",
     "order_certificate",
     "quantile_normalize",
+    "similarity_heatmap",
     "sinkhorn_divergence",
     "sinkhorn_normalize",
     "soft_median",

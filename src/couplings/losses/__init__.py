@@ -1,5 +1,13 @@
 """Losses built on the operators."""
 
+from couplings.losses.contrastive import clip_loss as clip_loss
+from couplings.losses.contrastive import collapse_guard as collapse_guard
+from couplings.losses.contrastive import cosine_target_loss as cosine_target_loss
+from couplings.losses.contrastive import info_nce_loss as info_nce_loss
+from couplings.losses.contrastive import n_pairs_loss as n_pairs_loss
+from couplings.losses.contrastive import nt_xent_loss as nt_xent_loss
+from couplings.losses.contrastive import sigmoid_loss as sigmoid_loss
+from couplings.losses.contrastive import triplet_loss as triplet_loss
 from couplings.losses.distillation import distillation_loss as distillation_loss
 from couplings.losses.knn import knn_loss as knn_loss
 from couplings.losses.knn import knn_predict as knn_predict
