@@ -14,7 +14,16 @@ import couplings_experiments
 from couplings.ordering import isotonic_compiled
 from couplings_experiments.errors import UserError
 
-_PACKAGES = ("torch", "numpy", "scikit-learn", "safetensors", "matplotlib")
+_PACKAGES = (
+    "torch",
+    "numpy",
+    "scikit-learn",
+    "scikit-image",
+    "num2words",
+    "sacrebleu",
+    "safetensors",
+    "matplotlib",
+)
 
 
 def describe() -> dict[str, str]:
