@@ -1,7 +1,8 @@
-"""The commands: reproduce, list, report, bench, doctor."""
+"""The commands: reproduce, list, report, search, translate, bench, doctor."""
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from enum import Enum
@@ -46,6 +47,9 @@ def reproduce(
     data_dir: Annotated[Path | None, typer.Option(help="Where MNIST, Fashion-MNIST or CIFAR lie.")] = None,
     dataset: Annotated[DatasetName | None, typer.Option(help="What to train on; default: digits.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu (default), cuda, cuda:1, ...")] = None,
+    language: Annotated[
+        str | None, typer.Option(help="What the translation experiment translates to; default: fr.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the report, and of an unfinished run.")] = _OUT,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in --out.")] = False,
 ) -> None:
@@ -58,6 +62,7 @@ def reproduce(
         "data_dir": data_dir and str(data_dir.expanduser().absolute()),
         "dataset": dataset and dataset.value,
         "device": device,
+        "language": language,
     }
     request = Request(
         experiments=tuple(experiment.name for experiment in chosen),
@@ -66,6 +71,7 @@ def reproduce(
         data_dir=str(data_dir.expanduser().absolute()) if data_dir else None,
         seeds=seeds,
         device=device or "cpu",
+        language=language or "fr",
     )
     given = frozenset(name for name, value in stated.items() if value is not None)
     console = Console()
@@ -100,6 +106,57 @@ def report(
 ) -> None:
     """Draw index.html again from results.json."""
     Console().print(f"Wrote {write_report(out)}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def translate(
+    text: Annotated[
+        list[str], typer.Argument(help="A number below a billion, in English words or in digits.")
+    ],
+    language: Annotated[str, typer.Option(help="Target language: fr, es, pt, ro, ru, pl, cs, ...")] = "fr",
+    beam: Annotated[int, typer.Option(min=1, help="How many hypotheses to keep.")] = 5,
+    out: Annotated[Path, typer.Option(help="Directory that keeps the translator, trained once.")] = _OUT,
+) -> None:
+    """Translate the name of a number and show the beam."""
+    # not at the top: `couplings doctor` must run where num2words or sacrebleu are missing
+    from couplings_experiments.translation_command import translate as find
+
+    console = Console()
+    try:
+        with Screen(console) as screen:
+            found = find(" ".join(text), language, beam, out, screen)
+    except KeyboardInterrupt:
+        _complain("interrupted; every finished epoch is kept. The same command continues.")
+        raise typer.Exit(130) from None
+    table = Table(box=None, pad_edge=False, title=" ".join(found.source), title_justify="left")
+    table.add_column(language)
+    table.add_column("log-likelihood", justify="right")
+    table.add_column("probability", justify="right")
+    for words, log_likelihood in found.hypotheses:
+        table.add_row(" ".join(words), f"{log_likelihood:.3f}", f"{math.exp(log_likelihood):.2%}")
+    console.print(table)
+    if found.truth is not None:
+        right = "found" if found.hypotheses[0].words == found.truth else "not found"
+        console.print(
+            f"num2words: {' '.join(found.truth)} ({right})", markup=False, highlight=False, soft_wrap=True
+        )
+
+
+@app.command()
+def search(
+    question: Annotated[
+        list[str], typer.Argument(help="What the function that you look for does, in words.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of a report with the experiment retrieval.")] = _OUT,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many answers.")] = 5,
+) -> None:
+    """Find a function by what it does, in the docstrings of installed packages, with the trained retriever."""
+    from couplings_experiments.retrieval_index import search as find
+
+    console = Console()
+    for answer in find(out, " ".join(question), count):
+        line = f"{answer.score:.3f}  {answer.entry.name}  {answer.entry.query}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -18,6 +18,7 @@ from couplings_experiments.files import make_directory, read_json, write_json
 from couplings_experiments.report.blocks import Block
 
 PRESETS = ("smoke", "quick", "full")
+KEPT = "kept"  # what an experiment leaves beside the report, until the run is finished
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Request:
     data_dir: str | None
     seeds: int | None
     device: str
+    language: str = "fr"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -66,6 +68,13 @@ class Context:
     def __post_init__(self) -> None:
         self.device = torch.device(self.request.device)
         make_directory(self.directory)
+
+    @property
+    def kept(self) -> Path:
+        """A directory whose files stay beside the report, in a folder with the experiment's name."""
+        path = self.directory / KEPT
+        make_directory(path)
+        return path
 
     def unit(self, name: str, steps: float, compute: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
         """The result of one resumable piece of work: computed and stored, or read back if it was done before.

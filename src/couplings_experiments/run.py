@@ -10,7 +10,7 @@ from typing import Any
 
 import couplings_experiments.environment as environment
 from couplings_experiments.errors import UserError, explain_os_error
-from couplings_experiments.experiment import Context, Experiment, Progress, Request, discover
+from couplings_experiments.experiment import KEPT, Context, Experiment, Progress, Request, discover
 from couplings_experiments.files import make_directory, owned, read_json, write_json
 from couplings_experiments.report.page import FORMAT, write_report
 
@@ -97,6 +97,10 @@ def _reproduce(
         },
     )
     page = write_report(out)
+    for name in results:
+        if (work / name / KEPT).is_dir():
+            shutil.rmtree(out / name, ignore_errors=True)
+            (work / name / KEPT).replace(out / name)
     shutil.rmtree(work)
     return page
 
@@ -108,6 +112,7 @@ def command(request: Request) -> str:
     words += [f"--data-dir {request.data_dir}"] * (request.data_dir is not None)
     words += [f"--seeds {request.seeds}"] * (request.seeds is not None)
     words += [f"--device {request.device}"] * (request.device != "cpu")
+    words += [f"--language {request.language}"] * (request.language != "fr")
     return " ".join(words)
 
 

@@ -157,7 +157,7 @@ def title(case):
     return f"{name}-{argument}-" + ",".join(
         f"{key}={type(value).__name__}{tuple(value.shape)}"
         if isinstance(value, torch.Tensor)
-        else f"{key}={value}"
+        else f"{key}={'a generator' if isinstance(value, torch.Generator) else value}"
         for key, value in options.items()
     )
 
