@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -205,21 +206,49 @@ def test_forbidden_pairs():
 # ---- dustbins
 
 
-def test_a_pair_of_equal_scores_is_one_score():
+def test_one_score_is_a_pair_of_halves():
     scores = draw(2, 6, 9)
-    pair = (torch.full((6,), 0.3, dtype=torch.float64), torch.full((9,), 0.3, dtype=torch.float64))
+    pair = (torch.full((6,), 0.15, dtype=torch.float64), 0.15)
     one = match_with_dustbin(scores, 0.3).plan()
-    torch.testing.assert_close(match_with_dustbin(scores, pair).plan(), one, rtol=0, atol=1e-12)
+    torch.testing.assert_close(match_with_dustbin(scores, pair).plan(), one, rtol=0, atol=1e-10)
     per_item = torch.full((2,), 0.3, dtype=torch.float64)
     torch.testing.assert_close(match_with_dustbin(scores, per_item).plan(), one, rtol=0, atol=1e-12)
 
 
-def test_a_row_with_a_high_bin_stays_unmatched():
-    scores = torch.full((3, 3), 1.0, dtype=torch.float64)
-    bins = (torch.tensor([0.0, 30.0, 0.0], dtype=torch.float64), torch.zeros(3, dtype=torch.float64))
-    plan = match_with_dustbin(scores, bins).plan()
-    assert plan[1, -1] > 0.99
-    assert plan[0, -1] < 0.9
+def test_a_pair_is_the_sum_of_what_stays_unmatched():
+    """At a small epsilon the plan is the best of all partial matchings, by brute force."""
+    scores, rows, columns = draw(3, 3), draw(3, seed=1), draw(3, seed=2)
+    plan = match_with_dustbin(scores, (rows, columns), epsilon=0.01).plan()
+    best, value = None, -INF
+    for choice in itertools.product(range(4), repeat=3):  # the column of each row, 3 = none
+        taken = [j for j in choice if j < 3]
+        if len(set(taken)) < len(taken):
+            continue
+        total = sum(scores[i, j] if j < 3 else rows[i] for i, j in enumerate(choice))
+        total = total + sum(columns[j] for j in range(3) if j not in taken)
+        if total > value:
+            best, value = choice, total
+    assert plan[:-1].argmax(-1).tolist() == list(best)
+
+
+def test_one_rows_dustbin_says_nothing_about_the_others():
+    scores = draw(6, 6) - 4
+    matched = []
+    for high in (20.0, 100.0, 1e4):
+        rows = torch.tensor([high, 0.0, 0.0, 0.0, 0.0, 0.0], dtype=torch.float64)
+        matched.append(match_with_dustbin(scores, (rows, 0.0)).plan()[1:-1, :-1].sum())
+    torch.testing.assert_close(matched[0], matched[2], rtol=1e-6, atol=0)
+    torch.testing.assert_close(matched[1], matched[2], rtol=1e-6, atol=0)
+    masked = torch.tensor([False] + [True] * 5)
+    alone = match_with_dustbin(scores, (0.0, 0.0), row_mask=masked).plan()[1:-1, :-1].sum()
+    torch.testing.assert_close(matched[2], alone, rtol=1e-6, atol=0)
+
+
+def test_a_row_that_must_be_matched():
+    rows = torch.tensor([-INF, 0.0, 0.0], dtype=torch.float64)
+    plan = match_with_dustbin(torch.zeros(3, 3, dtype=torch.float64), (rows, 0.0), on_fail="raise").plan()
+    assert plan[0, -1] == 0
+    assert marginal_error(plan, torch.ones(3), torch.ones(3)) <= 1e-9
 
 
 @given(n=st.integers(1, 6), m=st.integers(1, 6), shift=st.floats(-50, 50))
@@ -257,7 +286,16 @@ def test_dual_softmax_is_lightglue_and_loftr():
 def test_dual_softmax_solves_no_dual():
     coupling = match_with_dustbin(draw(3, 3), 0.0, method="dual_softmax")
     assert coupling.check() is coupling
-    with pytest.raises(AttributeError, match="dual_softmax"):
+    again = pickle.loads(pickle.dumps(coupling))
+    torch.testing.assert_close(again.plan(), coupling.plan(), rtol=0, atol=0)
+    bad = draw(2, 3, 3)
+    bad[0, 0, 0] = NAN
+    with pytest.raises(RuntimeError, match="NONFINITE"):
+        match_with_dustbin(bad, 0.0, method="dual_softmax", on_fail="raise")
+    plan = match_with_dustbin(bad, 0.0, method="dual_softmax", on_fail="ignore").plan()
+    assert plan[0].isnan().all()
+    assert plan[1].isfinite().all()
+    with pytest.raises(AttributeError, match="dual softmax"):
         _ = coupling.potentials
 
 
@@ -279,6 +317,29 @@ def test_gradients_of_scores_dustbins_and_epsilon(epsilon, method):
 
     assert torch.autograd.gradcheck(plan, (scores, *bins, eps), atol=1e-6)
     assert torch.autograd.gradgradcheck(plan, (scores, *bins, eps), atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"iterations": 4}, {"method": "dual_softmax"}], ids=str)
+def test_epsilon_has_a_gradient_where_pairs_are_forbidden(options):
+    scores = draw(3, 4)
+    scores[0, 1] = scores[2, 3] = -INF
+    epsilon = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+
+    def plan(epsilon):
+        return match_with_dustbin(scores, 0.3, epsilon=epsilon, on_fail="ignore", **options).plan()
+
+    assert torch.autograd.gradcheck(plan, epsilon, atol=1e-6)
+    assert torch.autograd.gradgradcheck(plan, epsilon, atol=1e-5)
+
+
+def test_loftr_learns_its_temperature():
+    scores = draw(3, 4)
+    epsilon = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    plan = match_with_dustbin(scores, -INF, epsilon=epsilon, method="dual_softmax").plan()[:-1, :-1]
+    expected = (scores / epsilon).softmax(-1) * (scores / epsilon).softmax(-2)
+    (ours,) = torch.autograd.grad(plan.square().sum(), epsilon)
+    (theirs,) = torch.autograd.grad(expected.square().sum(), epsilon)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("method", ["transport", "dual_softmax"])
@@ -380,7 +441,7 @@ BAD = {
     "dustbin type": (lambda: match_with_dustbin(SCORES, "1"), TypeError, "dustbin"),
     "dustbin bool": (lambda: match_with_dustbin(SCORES, True), TypeError, "dustbin"),
     "dustbin shape": (lambda: match_with_dustbin(SCORES, torch.zeros(3)), ValueError, "dustbin"),
-    "dustbin triple": (lambda: match_with_dustbin(SCORES, (torch.zeros(3),) * 3), ValueError, "two tensors"),
+    "dustbin triple": (lambda: match_with_dustbin(SCORES, (torch.zeros(3),) * 3), ValueError, "a pair"),
     "dustbin rows": (
         lambda: match_with_dustbin(SCORES, (torch.zeros(4), torch.zeros(4))),
         ValueError,
@@ -416,7 +477,12 @@ BAD = {
     ),
     "on_fail": (lambda: match_with_dustbin(SCORES, 1.0, on_fail="ignored"), ValueError, "on_fail"),
     "alpha pair": (lambda: log_optimal_transport(SCORES, [1.0], 3), TypeError, "alpha"),
-    "iters": (lambda: log_optimal_transport(SCORES, 1.0, 0), ValueError, "iterations"),
+    "iters": (lambda: log_optimal_transport(SCORES, 1.0, 0), ValueError, "iters"),
+    "epsilon tensor dual": (
+        lambda: match_with_dustbin(SCORES, 1.0, epsilon=torch.tensor(-1.0), method="dual_softmax"),
+        ValueError,
+        "epsilon",
+    ),
     "threshold": (lambda: cp.mutual_matches(SCORES, -1.0), ValueError, "threshold"),
     "threshold type": (lambda: cp.mutual_matches(SCORES, "a"), TypeError, "threshold"),
     "log plan": (lambda: cp.mutual_matches(torch.zeros(0, 3)), ValueError, "log_plan"),

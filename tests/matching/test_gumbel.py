@@ -172,3 +172,16 @@ def test_bad_arguments(argument, options, error):
 def test_generator_of_another_device():
     with pytest.raises(ValueError, match=r"^generator: expected .+, got "):
         gumbel_sinkhorn(torch.ones(3, 3, device="meta"), epsilon=1.0, generator=torch.Generator())
+
+
+@pytest.mark.parametrize("n", [4, 10])
+@pytest.mark.parametrize("iterations", [None, 5])
+def test_epsilon_has_a_gradient_where_pairs_are_forbidden(iterations, n):
+    scores = torch.randn(n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    scores[0, 1] = -float("inf")
+    epsilon = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+
+    def plan(epsilon):
+        return gumbel_sinkhorn(scores, epsilon=epsilon, noise=0.0, iterations=iterations, on_fail="ignore")
+
+    assert torch.autograd.gradcheck(plan, epsilon, atol=1e-6)

@@ -522,3 +522,15 @@ def test_bad_values_where_they_cannot_be_read():
     assert status.tolist() == [Status.CONVERGED, Status.NONFINITE]
     assert plan[1].isnan().all()
     assert plan[0].isfinite().all()
+
+
+@pytest.mark.parametrize("taus", [(1.0, 1.0), (1.0, None)])
+def test_epsilon_has_a_gradient_where_pairs_are_forbidden(taus):
+    cost = torch.tensor([[0.0, float("inf")], [1.0, 0.3]], dtype=torch.float64)
+    epsilon = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+
+    def plan(epsilon):
+        coupling = solve(cost, epsilon=epsilon, tau_a=taus[0], tau_b=taus[1])
+        return coupling.plan(), coupling.value
+
+    assert torch.autograd.gradcheck(plan, epsilon, atol=1e-6)

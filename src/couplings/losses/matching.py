@@ -79,6 +79,8 @@ def matching_loss(
         column_matches = _indices("column_matches", column_matches, log_plan, (*batch, m))
         alone = columns & (column_matches == UNMATCHED)
         wrong = wrong | (alone & (named > 0)).any(-1)
+        wrong = wrong | _contradicts(column_matches, matches, columns, n)
+        wrong = wrong | _contradicts(matches, column_matches, rows, m)
         wrong = wrong | (columns & ((column_matches < IGNORED) | (column_matches >= n))).any(-1)
     if seen(wrong):
         _checks.reject(
@@ -90,15 +92,27 @@ def matching_loss(
     row_term = rows & (matches != IGNORED)
     target = torch.where(inside, matches, m)
     row_log = log_plan[..., :-1, :].gather(-1, target[..., None])[..., 0]
-    total = -torch.where(row_term, row_log, 0).sum(-1) - torch.where(alone, log_plan[..., -1, :-1], 0).sum(-1)
+    work = torch.promote_types(log_plan.dtype, torch.float32)  # a sum over a thousand terms overflows float16
+    total = -torch.where(row_term, row_log, 0).sum(-1, dtype=work)
+    total = total - torch.where(alone, log_plan[..., -1, :-1], 0).sum(-1, dtype=work)
     count = row_term.sum(-1) + alone.sum(-1)
     total = total.masked_fill(wrong, torch.nan)
     if reduction == "sum":
-        return total.sum()
+        return total.sum().to(log_plan.dtype)
     mean = total / count.clamp_min(1)
     if reduction == "none":
-        return mean
-    return mean.sum() / (count > 0).sum().clamp_min(1)
+        return mean.to(log_plan.dtype)
+    return (mean.sum() / (count > 0).sum().clamp_min(1)).to(log_plan.dtype)
+
+
+def _contradicts(claims: Tensor, answers: Tensor, valid: Tensor, size: int) -> Tensor:
+    """Whether some claimed partner claims another, or none, ``(*batch,)``; an unknown answer contradicts nothing."""
+    claimed = valid & (claims >= 0) & (claims < size)
+    if size == 0:
+        return claimed.any(-1)
+    answer = answers.gather(-1, torch.where(claimed, claims, 0))
+    index = torch.arange(claims.shape[-1], device=claims.device)
+    return (claimed & (answer != IGNORED) & (answer != index)).any(-1)
 
 
 def _indices(name: str, value: object, log_plan: Tensor, shape: tuple[int, ...]) -> Tensor:

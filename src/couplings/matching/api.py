@@ -9,13 +9,14 @@ from torch import Tensor
 
 from couplings import _checks
 from couplings._autocast import full_precision
+from couplings._rowwise import seen
 from couplings.matching.dual_softmax import dual_softmax
 from couplings.matching.dustbin import bordered
-from couplings.transport import Coupling, solve
+from couplings.transport import Coupling, Status, act_on_failure, solve
 from couplings.transport.api import positive
 
 METHODS = ("transport", "dual_softmax")
-Dustbin = float | Tensor | Sequence[Tensor]
+Dustbin = float | Tensor | Sequence[float | Tensor]
 """One score for all dustbins, one per problem, or a pair: one per row and one per column."""
 
 
@@ -41,20 +42,24 @@ def match_with_dustbin(
     Args:
         scores: (\*batch, N, M), any real floating dtype; half precision is solved in float32. -inf forbids a pair. N or
             M may be 0.
-        dustbin: score of staying unmatched, in the units of scores. A float or a tensor that broadcasts to batch, for
-            all dustbins; or a pair of tensors that broadcast to (\*batch, N) and (\*batch, M), one score per row and
-            one per column (the corner's score is then the mean of both sides' means). Usually a learned parameter.
+        dustbin: score of staying unmatched, in the units of scores: a float or a tensor that broadcasts to batch, for
+            all dustbins and their corner, as published; a pair is then worth matching where its score exceeds it. Or
+            a pair (r, c), floats or tensors that broadcast to (\*batch, N) and (\*batch, M): row i and column j are
+            worth matching where their score exceeds r_i + c_j (the corner's score is 0), so that one score alpha for
+            all is the pair (alpha / 2, alpha / 2). -inf in r or c: that row or column must be matched. Usually learned.
         row_mask: (\*batch, N) bool or broadcastable, True = takes part. A masked row has zero plan (-inf in
             ``log_plan``) and zero gradient, and is not counted in any marginal: the answer is that of the unpadded
             problem. Without a valid row every column goes to its dustbin.
         column_mask: (\*batch, M), likewise.
         method: "transport"; or "dual_softmax" (Sun et al., LoFTR, CVPR 2021; with dustbins as in Lindenberger et al.,
             LightGlue, ICCV 2023): the product of both softmaxes and of the matchabilities sigmoid(-dustbin / epsilon),
-            a closed form whose marginals are whatever they come to. ``dustbin=-inf`` leaves the matchabilities out.
+            a closed form whose marginals are whatever they come to. ``dustbin=-inf`` leaves the matchabilities out; one
+            score for all is every row's and every column's.
         iterations: None solves to the certificate. A number makes exactly that many Sinkhorn sweeps, rows first, with
             the gradient of the unrolled sweeps.
         epsilon: regularisation in the units of scores, positive: a float, or a tensor that broadcasts to batch.
-        on_fail: as in ``solve``: "warn", "raise" or "ignore" where a problem is not solved to its tolerance.
+        on_fail: as in ``solve``: "warn", "raise" or "ignore" where a problem is not solved to its tolerance. With
+            ``iterations`` nothing is said: who asks for 20 sweeps knows that they are 20; the residual is to be read.
 
     Returns:
         A ``Coupling`` of shape (\*batch, N + 1, M + 1), the dustbins last, in the dtype of scores.
@@ -71,8 +76,9 @@ def match_with_dustbin(
         >>> coupling.plan()[:, -1].round(decimals=1)  # the second row stays unmatched, the corner balances
         tensor([0.1000, 1.0000, 0.0000, 1.9000])
     """
-    rows, columns = _check_metadata(scores, dustbin, row_mask, column_mask)
+    rows, columns, corner = _check_metadata(scores, dustbin, row_mask, column_mask)
     _checks.choice("method", method, METHODS)
+    _checks.choice("on_fail", on_fail, ("warn", "raise", "ignore"))
     work = scores.dtype if scores.dtype == torch.float64 else torch.float32
     batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
     with full_precision(scores):
@@ -80,6 +86,7 @@ def match_with_dustbin(
             scores.to(work),
             rows.to(device=scores.device, dtype=work).expand(*batch, n),
             columns.to(device=scores.device, dtype=work).expand(*batch, m),
+            corner.to(device=scores.device, dtype=work).expand(*batch, 1),
             row_mask,
             column_mask,
         )
@@ -89,7 +96,10 @@ def match_with_dustbin(
                     "iterations", f"None with method={method!r}", iterations, "It has a closed form."
                 )
             _check_epsilon(epsilon, scores)
-            return dual_softmax(problem, epsilon, work, scores.dtype)
+            coupling = dual_softmax(problem, epsilon, work, scores.dtype)
+            if seen(coupling.status != Status.CONVERGED):
+                act_on_failure(coupling, on_fail)
+            return coupling
         coupling = solve(
             -problem.scores,
             problem.a,
@@ -99,7 +109,7 @@ def match_with_dustbin(
             iterations=iterations,
             row_mask=None if row_mask is None else problem.rows,
             column_mask=None if column_mask is None else problem.columns,
-            on_fail=on_fail,
+            on_fail=on_fail if iterations is None else "ignore",
         )
     return coupling.returned_in(scores.dtype)
 
@@ -132,16 +142,20 @@ def log_optimal_transport(scores: Tensor, alpha: float | Tensor, iters: int | No
         >>> log_plan.exp().sum((-1, -2))
         tensor([5.0000])
     """
-    on_fail = "warn" if iters is None else "ignore"  # who asks for 20 sweeps knows that they are 20
     if isinstance(alpha, Sequence):
         _checks.reject("alpha", "one score", _checks.describe(alpha), "Use match_with_dustbin.", TypeError)
-    return match_with_dustbin(scores, alpha, iterations=iters, on_fail=on_fail).log_plan()
+    if iters is not None:
+        if isinstance(iters, bool) or not isinstance(iters, int):
+            _checks.reject("iters", "an int or None", _checks.describe(iters), "Pass an int.", TypeError)
+        if iters < 1:
+            _checks.reject("iters", "at least 1", iters, "None solves to the certificate.")
+    return match_with_dustbin(scores, alpha, iterations=iters).log_plan()
 
 
 def _check_metadata(
     scores: Tensor, dustbin: Dustbin, row_mask: Tensor | None, column_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Checks; returns the dustbin scores of the rows and of the columns, ready to be expanded."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Checks; returns the dustbin scores of rows, columns and the corner, ready to be expanded."""
     _checks.real_tensor("scores", scores)
     if scores.dim() < 2:
         _checks.reject(
@@ -163,27 +177,36 @@ def _check_metadata(
         )
     if isinstance(dustbin, (int, float)):
         one = scores.new_full((), float(dustbin), dtype=torch.float64)
-        return one, one
+        return one, one, one
     if isinstance(dustbin, Tensor):
         _check_dustbin("dustbin", dustbin, scores, batch, "one score per problem; a pair is one per keypoint")
-        return dustbin[..., None], dustbin[..., None]
-    if len(dustbin) != 2 or not all(isinstance(part, Tensor) for part in dustbin):
+        return dustbin[..., None], dustbin[..., None], dustbin[..., None]
+    if len(dustbin) != 2:
         _checks.reject(
             "dustbin",
-            "two tensors",
+            "a pair",
             f"{len(dustbin)} items",
             "Pass (rows, columns), (*batch, N) and (*batch, M).",
         )
-    rows, columns = dustbin
+    rows, columns = (_as_score(part, scores) for part in dustbin)
     _check_dustbin("dustbin[0]", rows, scores, (*batch, n), "one score per row")
     _check_dustbin("dustbin[1]", columns, scores, (*batch, m), "one score per column")
-    return rows, columns
+    return rows, columns, scores.new_zeros(())
+
+
+def _as_score(part: float | Tensor, scores: Tensor) -> Tensor:
+    """A number as a tensor; anything else is for the checks."""
+    if isinstance(part, (Tensor, bool)) or not isinstance(part, (int, float)):
+        return part  # type: ignore[return-value]
+    return scores.new_full((), float(part), dtype=torch.float64)
 
 
 def _check_epsilon(epsilon: float | Tensor, scores: Tensor) -> None:
     if isinstance(epsilon, Tensor):
         _checks.real_tensor("epsilon", epsilon)
         _checks.broadcastable("epsilon", epsilon, scores.shape[:-2], "one epsilon per problem")
+        if seen(~(epsilon > 0)):
+            _checks.reject("epsilon", "positive values", float(epsilon.min()), "Pass epsilon > 0.")
     else:
         positive("epsilon", epsilon, "Pass epsilon > 0.")
 

@@ -28,16 +28,19 @@ def dual_softmax(
     """
     eps = torch.as_tensor(epsilon, dtype=torch.float64, device=problem.scores.device)
     eps = eps.expand(problem.scores.shape[:-2])
-    logits = (problem.scores.to(torch.float64) / eps[..., None, None])[..., :-1, :-1]
-    row_bins = problem.scores[..., :-1, -1].to(torch.float64) / eps[..., None]
-    column_bins = problem.scores[..., -1, :-1].to(torch.float64) / eps[..., None]
+    scores = problem.scores.to(torch.float64)
+    forbidden = scores == -torch.inf  # kept out of the division: epsilon has a derivative
+    bordered = torch.where(forbidden, 0.0, scores) / eps[..., None, None]
+    logits = bordered[..., :-1, :-1].masked_fill(forbidden[..., :-1, :-1], -torch.inf)
     rows, columns = problem.rows[..., :-1], problem.columns[..., :-1]
     pairs = rows[..., :, None] & columns[..., None, :]
-    matchable = logsigmoid(-row_bins)[..., :, None] + logsigmoid(-column_bins)[..., None, :]
+    row_matchable, row_bins = _split(bordered[..., :-1, -1], forbidden[..., :-1, -1])
+    column_matchable, column_bins = _split(bordered[..., -1, :-1], forbidden[..., -1, :-1])
+    matchable = row_matchable[..., :, None] + column_matchable[..., None, :]
     pair = _log_softmax(logits, pairs, -1) + _log_softmax(logits, pairs, -2) + matchable
     # a row without any column to go to is left to its bin whole
-    row_bin = torch.where(columns.any(-1, keepdim=True), logsigmoid(row_bins), 0.0)
-    column_bin = torch.where(rows.any(-1, keepdim=True), logsigmoid(column_bins), 0.0)
+    row_bin = torch.where(columns.any(-1, keepdim=True), row_bins, 0.0)
+    column_bin = torch.where(rows.any(-1, keepdim=True), column_bins, 0.0)
     top = torch.cat(
         [
             pair.masked_fill(~pairs, -torch.inf),
@@ -48,20 +51,22 @@ def dual_softmax(
     corner = torch.full_like(eps, -torch.inf)[..., None]
     bottom = torch.cat([column_bin.masked_fill(~columns, -torch.inf), corner], -1)
     log_plan = torch.cat([top, bottom[..., None, :]], -2)
-    finite = torch.where(log_plan == -torch.inf, 0.0, log_plan)
-    plan = torch.where(log_plan == -torch.inf, 0.0, finite.exp())
-    scores = torch.where(log_plan == -torch.inf, 0.0, problem.scores.to(torch.float64))
-    bad = log_plan.detach().isnan().flatten(-2).any(-1)
+    bad = log_plan.detach().isnan().flatten(-2).any(-1) | ~(eps.detach() > 0) | eps.detach().isinf()
+    log_plan = log_plan.masked_fill(bad[..., None, None], torch.nan)
+    nothing = log_plan == -torch.inf
+    finite = torch.where(nothing, 0.0, log_plan)
+    plan = torch.where(nothing, 0.0, finite.exp())
+    scores = torch.where(nothing, 0.0, scores)
     return Coupling(
         log_plan=log_plan.to(work),
         plan=plan.to(work),
         a=plan.detach().sum(-1).to(dtype),
         b=plan.detach().sum(-2).to(dtype),
         epsilon=eps,
-        potentials=_no_potentials,
+        potentials=None,
         value=(plan * (eps[..., None, None] * (finite - 1) - scores)).sum((-1, -2)),
         residual=torch.where(bad, torch.nan, torch.zeros_like(eps)),
-        gap=_no_gap,
+        gap=None,
         iterations=torch.zeros_like(eps, dtype=torch.int64),
         status=torch.where(bad, int(Status.NONFINITE), int(Status.CONVERGED)),
         dtype=dtype,
@@ -78,15 +83,7 @@ def _log_softmax(logits: Tensor, valid: Tensor, dim: int) -> Tensor:
     return torch.where(forbidden, -torch.inf, out)
 
 
-def _no_potentials() -> tuple[Tensor, Tensor]:
-    raise AttributeError(
-        "potentials: expected a transport plan, got method='dual_softmax', which solves no dual problem. "
-        "Pass method='transport'."
-    )
-
-
-def _no_gap() -> Tensor:
-    raise AttributeError(
-        "gap: expected a transport plan, got method='dual_softmax', which minimises nothing. "
-        "Pass method='transport'."
-    )
+def _split(bin_logit: Tensor, without: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities of being matchable and of the bin; without a bin they are 0 and -inf."""
+    matchable = torch.where(without, 0.0, logsigmoid(-bin_logit))
+    return matchable, logsigmoid(bin_logit).masked_fill(without, -torch.inf)

@@ -19,7 +19,12 @@ class Bordered(NamedTuple):
 
 
 def bordered(
-    scores: Tensor, row_bins: Tensor, column_bins: Tensor, row_mask: Tensor | None, column_mask: Tensor | None
+    scores: Tensor,
+    row_bins: Tensor,
+    column_bins: Tensor,
+    corner: Tensor,
+    row_mask: Tensor | None,
+    column_mask: Tensor | None,
 ) -> Bordered:
     """Append the dustbins.
 
@@ -27,12 +32,12 @@ def bordered(
         scores: ``(*batch, N, M)`` float64 or float32.
         row_bins: Score of leaving a row unmatched, ``(*batch, N)``, same dtype.
         column_bins: Likewise ``(*batch, M)``.
+        corner: Score of a pair of dustbins, ``(*batch, 1)``.
         row_mask: ``(*batch, N)`` bool or None.
         column_mask: ``(*batch, M)`` bool or None.
 
     Returns:
-        The bordered problem. The corner's score is the mean of the dustbin scores: the mean over the valid rows and
-        the mean over the valid columns, averaged. For a single dustbin score that is this score, as published.
+        The bordered problem.
     """
     batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
     rows = _mask(row_mask, (*batch, n), scores)
@@ -42,10 +47,6 @@ def bordered(
         row_bins, column_bins = torch.where(rows, row_bins, 0), torch.where(columns, column_bins, 0)
     row_count = rows.sum(-1, keepdim=True).to(scores.dtype)
     column_count = columns.sum(-1, keepdim=True).to(scores.dtype)
-    row_mean = row_bins.sum(-1, keepdim=True) / row_count.clamp_min(1)
-    column_mean = column_bins.sum(-1, keepdim=True) / column_count.clamp_min(1)
-    sides = (row_count > 0).to(scores.dtype) + (column_count > 0).to(scores.dtype)
-    corner = (row_mean + column_mean) / sides.clamp_min(1)
     top = torch.cat([scores, row_bins[..., None]], -1)
     bottom = torch.cat([column_bins, corner], -1)[..., None, :]
     valid = torch.ones_like(corner, dtype=torch.bool)

@@ -88,7 +88,9 @@ def gumbel_sinkhorn(
         logits = logits + noise * _gumbel(scores, generator).to(work)
     if isinstance(epsilon, Tensor):
         temperature = epsilon.to(device=scores.device, dtype=work)[..., None, None]
-        logits = logits / torch.where(temperature > 0, temperature, torch.nan)
+        forbidden = logits == -torch.inf  # kept out of the division: epsilon has a derivative
+        logits = torch.where(forbidden, 0, logits) / torch.where(temperature > 0, temperature, torch.nan)
+        logits = logits.masked_fill(forbidden, -torch.inf)
     else:
         logits = logits / epsilon
     return sinkhorn_normalize(logits, iterations=iterations, on_fail=on_fail).to(scores.dtype)

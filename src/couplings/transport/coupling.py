@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -55,10 +55,11 @@ class Coupling:
         b: Column masses ``(*batch, m)``.
         epsilon: Regularisation, a float or a tensor that broadcasts to ``batch``.
         potentials: The pair ``(f, g)``, ``(*batch, n)`` and ``(*batch, m)``, in cost units, or a
-            function that returns it.
+            function that returns it; None where no dual problem was solved.
         value: ``<P, C> + epsilon * sum P (log P - 1)`` ``(*batch,)``, or a function that returns it.
         residual: L1 error of both marginals of the returned plan ``(*batch,)``.
-        gap: Duality gap of the plan rounded to exact marginals ``(*batch,)``, or a function likewise.
+        gap: Duality gap of the plan rounded to exact marginals ``(*batch,)``, or a function likewise;
+            None where nothing was minimised.
         iterations: Solver steps ``(*batch,)``, integer.
         status: :class:`Status` values ``(*batch,)``, integer.
         dtype: The dtype in which plans are returned; ``None`` keeps the solver's.
@@ -84,10 +85,10 @@ class Coupling:
         a: Tensor,
         b: Tensor,
         epsilon: float | Tensor,
-        potentials: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]],
+        potentials: tuple[Tensor, Tensor] | Callable[[], tuple[Tensor, Tensor]] | None,
         value: Lazy,
         residual: Tensor,
-        gap: Lazy,
+        gap: Lazy | None,
         iterations: Tensor,
         status: Tensor,
         dtype: torch.dtype | None = None,
@@ -160,6 +161,8 @@ class Coupling:
         :attr:`value` with respect to ``a`` is ``f`` and with respect to ``b`` is ``g``, and return float64
         for every input: in float32 they would not determine the plan to its certified accuracy.
         """
+        if self._potentials is None:
+            _nothing("potentials")
         pair = self._potentials() if callable(self._potentials) else self._potentials
         return Potentials(*pair)
 
@@ -173,6 +176,8 @@ class Coupling:
     @property
     def gap(self) -> Tensor:
         """Duality gap ``(*batch,)`` of the plan rounded to exact marginals: a bound on the value's error."""
+        if self._gap is None:
+            _nothing("gap")
         return _force(self._gap).detach()
 
     def check(self) -> Coupling:
@@ -244,7 +249,8 @@ class Coupling:
         lazy = ("_log_plan", "_plan", "_value", "_gap")
         state |= {name: None if (x := getattr(self, name)) is None else _force(x) for name in lazy}
         state = {name: x.detach() if isinstance(x, Tensor) else x for name, x in state.items()}
-        state["_potentials"] = tuple(x.detach() for x in self.potentials)
+        none = self._potentials is None
+        state["_potentials"] = None if none else tuple(x.detach() for x in self.potentials)
         state["_dtype"] = self._dtype
         return state
 
@@ -274,6 +280,12 @@ def act_on_failure(coupling: Coupling, on_fail: str) -> Coupling:
         if message is not None:
             warnings.warn(message, RuntimeWarning, stacklevel=3)
     return coupling
+
+
+def _nothing(name: str) -> NoReturn:
+    raise AttributeError(
+        f"{name}: expected a transport plan, got the dual softmax, which minimises nothing. Pass method='transport'."
+    )
 
 
 def _force(lazy: Lazy | None) -> Tensor:

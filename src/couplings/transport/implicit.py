@@ -249,15 +249,15 @@ class Gibbs(RowFunction):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         """Plain derivatives, 0 where the plan is exactly 0 whatever the cost."""
         cost, h, e, epsilon = ctx.saved_tensors
-        x = cost / epsilon[..., None, None]
+        idle = (h == -torch.inf)[..., :, None] | (e == -torch.inf)[..., None, :] | (cost == torch.inf)
+        x = torch.where(idle, 0.0, cost) / epsilon[..., None, None]  # no infinity meets epsilon's derivative
         log_plan = h[..., :, None] + e[..., None, :] - x
-        idle = log_plan == -torch.inf
         along = cotangent.to(torch.float64)
         if not ctx.logarithm:
             along = along * torch.where(idle, 0.0, log_plan).exp()
         along = torch.where(idle, 0.0, along)
         grad_x = along / epsilon[..., None, None]
-        grad_epsilon = (grad_x * torch.where(idle, 0.0, x)).sum((-1, -2))
+        grad_epsilon = (grad_x * x).sum((-1, -2))
         return -grad_x, along.sum(-1), along.sum(-2), grad_epsilon, None, None
 
 

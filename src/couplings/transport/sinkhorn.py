@@ -252,13 +252,14 @@ class Sweeps(RowFunction):
         if not ctx.every:
             raise RuntimeError("transport: these sweeps were run without keeping what their gradient needs")
         cost, p, q, epsilon, hs, es = ctx.saved_tensors
-        x = cost / epsilon[..., None, None]
         some_p, some_q = p > 0, q > 0
         over_p = torch.where(some_p, 1 / torch.where(some_p, p, 1.0), 0.0)
         over_q = torch.where(some_q, 1 / torch.where(some_q, q, 1.0), 0.0)
-        idle = ~(some_p[..., :, None] & some_q[..., None, :]) | (x == torch.inf)
-        finite = torch.where(idle, 0.0, x)
-        grad_x = torch.zeros_like(x)
+        idle = ~(some_p[..., :, None] & some_q[..., None, :]) | (cost == torch.inf)
+        finite = (
+            torch.where(idle, 0.0, cost) / epsilon[..., None, None]
+        )  # no infinity meets epsilon's derivative
+        grad_x = torch.zeros_like(finite)
         grad_log_p, grad_log_q = torch.zeros_like(p), torch.zeros_like(q)
         carry = torch.zeros_like(p)
         for start, stop in reversed(_blocks(ctx.iterations)):

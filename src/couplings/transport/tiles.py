@@ -265,8 +265,16 @@ def _newton(problem: _TwoClouds | _OneCloud, now: _Iterate, goal: float, budget:
     """Newton on the logarithms of the column sums; a step that is not accepted gives way to a sweep."""
     eps, weights = problem.clouds.epsilon, problem.weights
     best, passes, idle, low = now, 0, 0, problem.clouds.rough
-    while float(now.error) > goal and passes < budget and idle < PATIENCE:
+    while passes < budget and idle < PATIENCE:
         error = float(now.error)
+        if error <= goal:
+            if now.dtype == torch.float64:
+                break
+            now = best = problem.evaluate(
+                now.g, torch.float64
+            )  # float32 may see an error of 0 where there is one
+            passes += 1
+            continue
         times, diagonal = problem.matrix(now, low)
         actual = weights * now.log_column.exp()
         tolerance = max(min(0.1, error), 0.3 * goal / error)

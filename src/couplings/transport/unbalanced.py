@@ -76,7 +76,9 @@ def solve_unbalanced(
     work = torch.float64 if dtype == torch.float64 else torch.float32
     problem = _prepare(cost, a, b, epsilon, tau_a, tau_b, row_mask, column_mask)
     p, q, eps = problem.p, problem.q, problem.epsilon
-    x = problem.cost / eps[..., None, None]
+    forbidden = problem.cost == torch.inf  # kept out of the division: epsilon has a derivative
+    x = torch.where(forbidden, 0.0, problem.cost) / eps[..., None, None]
+    x = x.masked_fill(forbidden, torch.inf)
     k_p, k_q = eps / p.tau, eps / q.tau
     cap = SWEEPS if solver == "sinkhorn" else NEWTON_STEPS
     h, steps = apply(UnbalancedPotential, x, p.kept, q.kept, k_p, k_q, solver, tolerance, cap)

@@ -49,6 +49,11 @@ def test_is_the_definition(given, masked):
     )
 
 
+def test_half_precision_does_not_overflow():
+    plan = torch.full((1, 1025, 1025), -119.0, dtype=torch.float16)
+    assert matching_loss(plan, torch.full((1, 1024), -1)) == 119
+
+
 def test_no_terms_is_zero_with_zero_gradient():
     plan = log_plan(2, 3, 3).requires_grad_()
     nothing = torch.zeros(2, 2, dtype=torch.bool)
@@ -101,6 +106,11 @@ BAD = {
     ),
     "contradiction": (
         lambda: matching_loss(PLAN, MATCHES, column_matches=torch.full((2, 5), -1)),
+        ValueError,
+        "matches",
+    ),
+    "contradicted by a column": (
+        lambda: matching_loss(PLAN, torch.full((2, 4), -1), column_matches=torch.tensor([0, 1, 2, 3, -1])),
         ValueError,
         "matches",
     ),
