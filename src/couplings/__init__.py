@@ -2,7 +2,7 @@
 
 from importlib.metadata import version as _version
 
-from couplings import beam, losses, nn, testing
+from couplings import beam, distributed, losses, nn, testing
 from couplings.attention import topk_attention
 from couplings.losses.contrastive import EmbeddingDiagnostics, diagnostics
 from couplings.losses.heatmap import similarity_heatmap
@@ -42,6 +42,7 @@ __all__ = [
     "beam",
     "chamfer",
     "diagnostics",
+    "distributed",
     "gumbel_sinkhorn",
     "hard_assignment",
     "log_optimal_transport",

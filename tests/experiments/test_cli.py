@@ -119,6 +119,7 @@ def test_a_finished_run(finished, capsys):
     assert sorted(path.name for path in finished.iterdir() if path.name != ".lock") == [
         "index.html",
         "results.json",
+        "retrieval",
     ]
     assert run(["reproduce", "--out", str(finished), "--resume"]) == 0
     assert "nothing to resume" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """Losses built on the operators."""
 
+from couplings.losses.contrastive import cached_backward as cached_backward
 from couplings.losses.contrastive import clip_loss as clip_loss
 from couplings.losses.contrastive import collapse_guard as collapse_guard
 from couplings.losses.contrastive import cosine_target_loss as cosine_target_loss

@@ -197,7 +197,7 @@ def _check_metadata(
 def _as_score(part: float | Tensor, scores: Tensor) -> Tensor:
     """A number as a tensor; anything else is for the checks."""
     if isinstance(part, (Tensor, bool)) or not isinstance(part, (int, float)):
-        return part  # type: ignore[return-value]
+        return part
     return scores.new_full((), float(part), dtype=torch.float64)
 
 

@@ -1,5 +1,6 @@
 """Cross-similarity losses on one tiled engine, and what shows, and prevents, that their embeddings collapse."""
 
+from couplings.losses.contrastive.cached import cached_backward as cached_backward
 from couplings.losses.contrastive.collapse import collapse_guard as collapse_guard
 from couplings.losses.contrastive.cosine_target import cosine_target_loss as cosine_target_loss
 from couplings.losses.contrastive.diagnostics import EmbeddingDiagnostics as EmbeddingDiagnostics

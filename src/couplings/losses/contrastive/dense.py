@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from couplings.losses.contrastive.pair_tiles import TERMS, not_negative
 from couplings.losses.contrastive.pairs import Pairs, Sorter
@@ -40,9 +40,9 @@ def softmax_losses(
         if own is not None:
             mine = logits.gather(1, own[:, None])[:, 0]
             if dim == 0:
-                loss = torch.where(empty[own], 0, softplus(finite[own] - mine, threshold=600)) * here
+                loss = torch.where(empty[own], 0, -logsigmoid(mine - finite[own])) * here
                 return torch.zeros_like(finite).scatter(0, own, loss)
-            return torch.where(empty, 0, softplus(finite - mine, threshold=600)) * here
+            return torch.where(empty, 0, -logsigmoid(mine - finite)) * here
         positive = masks.positive
         if positive is None:
             raise RuntimeError("no positives")
@@ -50,7 +50,7 @@ def softmax_losses(
         if positives == "mean":
             mean = torch.where(positive, logits, 0).sum(dim) / count.clamp(min=1)
             return torch.where(count > 0, finite - mean, 0)
-        each = softplus(finite.unsqueeze(dim) - logits, threshold=600)
+        each = -logsigmoid(logits - finite.unsqueeze(dim))
         return torch.where(positive & ~empty.unsqueeze(dim), each, 0).sum(dim) / count.clamp(min=1)
 
     rows = one_way(masks.not_for_rows, 1, extra)
@@ -78,5 +78,8 @@ def pair_losses(
     up, down, target = shares
     if up is None or down is None or target is None:
         raise RuntimeError("a sum over pairs needs its shares")
+    valid = pairs.own_valid() if pairs.row_ids is None or positives == "own" else None
+    if valid is not None:
+        up = up * valid  # a row whose counterpart is masked has no positive
     mine, others = TERMS[kind](logits, target)
     return up * torch.where(positive, mine, 0).sum(1) + down * torch.where(negative, others, 0).sum(1)

@@ -73,6 +73,9 @@ class PairTiles:
         self.kind, self.target, self.shares = kind, target, (up, down)
         self.sorter = Sorter(pairs, scores.shape[1], positives, margin)
         self.own = pairs.own if pairs.row_ids is None or positives == "own" else None
+        valid = pairs.own_valid() if self.own is not None else None
+        if valid is not None:
+            self.shares = (up * valid, down)  # a row whose counterpart is masked has no positive
         self._by_shift = scores.x1.new_zeros((), dtype=torch.float64)
 
     def forward(self, weights: Tensor | None) -> Tensor:

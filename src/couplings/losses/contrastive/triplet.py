@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid
 
 from couplings._autocast import full_precision
 from couplings._checks import choice, describe, real_tensor, reject
@@ -106,7 +106,7 @@ def _one_way(batch: Batch, margin: float | None, mining: str, positives: str) ->
     else:
         gap = (x1 * (x2[negative] - x2[positive])).sum(-1)
     gap = torch.where(there, gap, 0)
-    loss = softplus(gap, threshold=600) if margin is None else (gap + margin).clamp(min=0)
+    loss = -logsigmoid(-gap) if margin is None else (gap + margin).clamp(min=0)
     return torch.where(there, loss, 0), there
 
 
