@@ -29,6 +29,7 @@ def match_with_dustbin(
     method: str = "transport",
     iterations: int | None = None,
     epsilon: float | Tensor = 1.0,
+    tolerance: float | None = None,
     on_fail: str = "warn",
 ) -> Coupling:
     r"""Soft matching of rows to columns in which either may stay unmatched: transport with dustbins.
@@ -58,6 +59,7 @@ def match_with_dustbin(
         iterations: None solves to the certificate. A number makes exactly that many Sinkhorn sweeps, rows first, with
             the gradient of the unrolled sweeps.
         epsilon: regularisation in the units of scores, positive: a float, or a tensor that broadcasts to batch.
+        tolerance: as in ``solve``, relative to the total mass N + M: a looser one is quicker.
         on_fail: as in ``solve``: "warn", "raise" or "ignore" where a problem is not solved to its tolerance. With
             ``iterations`` nothing is said: who asks for 20 sweeps knows that they are 20; the residual is to be read.
 
@@ -79,6 +81,8 @@ def match_with_dustbin(
     rows, columns, corner = _check_metadata(scores, dustbin, row_mask, column_mask)
     _checks.choice("method", method, METHODS)
     _checks.choice("on_fail", on_fail, ("warn", "raise", "ignore"))
+    if tolerance is not None:
+        positive("tolerance", tolerance, "Pass a positive relative residual, or None.")
     work = scores.dtype if scores.dtype == torch.float64 else torch.float32
     batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
     with full_precision(scores):
@@ -107,6 +111,7 @@ def match_with_dustbin(
             epsilon=epsilon,
             solver="auto" if iterations is None else "sinkhorn",
             iterations=iterations,
+            tolerance=tolerance,
             row_mask=None if row_mask is None else problem.rows,
             column_mask=None if column_mask is None else problem.columns,
             on_fail=on_fail if iterations is None else "ignore",
