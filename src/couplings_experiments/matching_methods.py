@@ -93,7 +93,18 @@ def descriptor_method(method: str, sharpness: float, likeness: float) -> Method:
 def couple(
     scores: Tensor, dustbin: Tensor | tuple[Tensor, Tensor], batch: Batch, method: str, sweeps: int | None
 ) -> Tensor:
-    """The logarithm of the plan with dustbins, (b, n + 1, n + 1)."""
+    """The logarithm of the plan with dustbins, (b, n + 1, n + 1).
+
+    A pair of dustbins adds up: row i and column j are worth matching above r_i + c_j. The network's are scores of one
+    keypoint, so half of their mean is taken off either side: equal ones then count once.
+    """
+    if isinstance(dustbin, tuple) and method == "transport":
+        means = [
+            torch.where(mask, bins, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+            for bins, mask in zip(dustbin, batch.masks, strict=True)
+        ]
+        half = (means[0] + means[1]) / 4
+        dustbin = (dustbin[0] - half, dustbin[1] - half)
     coupling = cp.match_with_dustbin(
         scores,
         dustbin,
@@ -101,7 +112,6 @@ def couple(
         column_mask=batch.masks[1],
         method=method,
         iterations=sweeps,
-        on_fail="ignore" if sweeps else "warn",  # who asks for so many sweeps knows that they may be too few
     )
     return coupling.log_plan()
 
