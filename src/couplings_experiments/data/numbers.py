@@ -8,13 +8,13 @@ shorter ones.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
 from num2words import num2words  # type: ignore[import-untyped]
+from sklearn.feature_extraction.text import CountVectorizer
 
 from couplings_experiments.errors import UserError
 
@@ -28,7 +28,7 @@ LONGEST = 10  # words of an English name that may train
 SPECIAL = ("<pad>", "<start>", "<end>")
 PAD, START, END = range(3)
 _HELD_SEED = 1000  # of the numbers that validate and test: the same for all seeds
-_WORD = re.compile(r"[^\W_]+")
+_words = CountVectorizer(token_pattern=r"[^\W_]+").build_tokenizer()
 
 
 class Pair(NamedTuple):
@@ -91,7 +91,7 @@ class Corpus:
 
 def name(number: int, language: str) -> tuple[str, ...]:
     """The words of a number's name, split at spaces and hyphens, without punctuation."""
-    return tuple(_WORD.findall(num2words(number, lang=language).lower()))
+    return tuple(_words(num2words(number, lang=language).lower()))
 
 
 def check_language(language: str) -> None:
