@@ -7,8 +7,6 @@ no row knows of another. What is measured after an epoch is kept for each row.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from couplings_experiments import checkpoint
+from couplings_experiments.epochs import Epochs
 
 
 @dataclass(frozen=True)
@@ -114,22 +112,18 @@ def fit(
     """
     optimiser = networks.optimiser()
     draw = torch.Generator().manual_seed(seed)
-    fingerprint = hashlib.sha256(json.dumps([identity, seed, asdict(settings)]).encode()).hexdigest()
-    history: list[list[float | None]] = []
-    last, damaged = checkpoint.load_last(directory)
-    for path in damaged:
-        say(f"{path.name} of {identity} is damaged and was passed over")
-    if last is not None and last.state["fingerprint"] == fingerprint:
-        model = {
-            name.removeprefix("model."): t for name, t in last.tensors.items() if name.startswith("model.")
-        }
-        networks.load_state_dict(model)
-        checkpoint.restore_optimiser(optimiser, last.tensors, last.state["optimiser"])
-        draw.set_state(last.tensors["random.draw"].clone())
-        history = last.state["history"]
-        after_epoch(len(history))
+    epochs = Epochs(
+        directory,
+        networks,
+        optimiser,
+        {"draw": draw},
+        identity=identity,
+        stated=[seed, asdict(settings)],
+        after_epoch=after_epoch,
+        say=say,
+    )
     total = settings.epochs * settings.steps
-    for epoch in range(len(history), settings.epochs):
+    for epoch in range(len(epochs.history), settings.epochs):
         for number in range(epoch * settings.steps, (epoch + 1) * settings.steps):
             for group in optimiser.param_groups:
                 group["lr"] = group["peak"] * (1 + math.cos(math.pi * number / total)) / 2
@@ -137,14 +131,9 @@ def fit(
             step(draw).sum().backward()
             optimiser.step()
         with torch.no_grad():
-            history.append([float(value) if math.isfinite(value) else None for value in measure()])
-        tensors, described = checkpoint.flatten_optimiser(optimiser)
-        tensors |= {f"model.{name}": tensor for name, tensor in networks.state_dict().items()}
-        tensors["random.draw"] = draw.get_state()
-        state: dict[str, Any] = {"optimiser": described, "history": history, "fingerprint": fingerprint}
-        checkpoint.save(directory, checkpoint.Checkpoint(len(history), tensors, state))
-        after_epoch(1)
-    return history
+            measured = [float(value) if math.isfinite(value) else None for value in measure()]
+        epochs.close(measured)
+    return epochs.history
 
 
 def best(values: Sequence[float | None], *, highest: bool) -> int:

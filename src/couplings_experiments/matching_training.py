@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +13,6 @@ import torch
 from torch import Tensor
 
 from couplings.losses import matching_loss
-from couplings_experiments import checkpoint
 from couplings_experiments.data.photographs import (
     Batch,
     Pair,
@@ -25,9 +22,9 @@ from couplings_experiments.data.photographs import (
     held_pairs,
     pair_views,
 )
+from couplings_experiments.epochs import Epochs
 from couplings_experiments.matching_methods import Found, choose_threshold, couple, read, row_error
 from couplings_experiments.matching_model import LIKENESS, Matcher
-from couplings_experiments.trainer import Diverged
 
 HELD_SEED = 1000  # of the views that validate and test: the same ones for all methods and seeds
 FEWEST = 8  # keypoints of a view that is trained on
@@ -185,22 +182,18 @@ def train(
     model = build(variant, plan, seed).to(device)
     optimiser = _optimiser(model, settings.rate, settings.scalars)
     draw = torch.Generator().manual_seed(seed)
-    fingerprint = hashlib.sha256(
-        json.dumps([identity, seed, asdict(variant), asdict(plan)]).encode()
-    ).hexdigest()
-    history: list[dict[str, float]] = []
-    last, damaged = checkpoint.load_last(directory)
-    for path in damaged:
-        say(f"{path.name} of {identity} is damaged and was passed over")
-    if last is not None and last.state["fingerprint"] == fingerprint:
-        weights = {k.removeprefix("model."): t for k, t in last.tensors.items() if k.startswith("model.")}
-        model.load_state_dict(weights)
-        checkpoint.restore_optimiser(optimiser, last.tensors, last.state["optimiser"])
-        draw.set_state(last.tensors["random.draw"].clone())
-        history = last.state["history"]
-        after_epoch(len(history))
+    epochs = Epochs(
+        directory,
+        model,
+        optimiser,
+        {"draw": draw},
+        identity=identity,
+        stated=[seed, asdict(variant), asdict(plan)],
+        after_epoch=after_epoch,
+        say=say,
+    )
     total = settings.epochs * settings.steps
-    for epoch in range(len(history), settings.epochs):
+    for epoch in range(len(epochs.history), settings.epochs):
         model.train()
         losses = []
         for number in range(epoch * settings.steps, (epoch + 1) * settings.steps):
@@ -220,19 +213,11 @@ def train(
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimiser.step()
             losses.append(loss.detach())
-        mean = float(torch.stack(losses).double().mean())
-        if not math.isfinite(mean):
-            raise Diverged(f"training of {identity} diverged in epoch {epoch + 1}: the loss is {mean}.")
+        mean = epochs.mean(losses)
         pairs = held("validation", plan.validation, plan.limit[1])
         score = choose_threshold(apply(model, pairs, variant)[0], pairs)[1]
-        history.append({"epoch": epoch + 1, "loss": mean, "validation": score})
-        tensors, described = checkpoint.flatten_optimiser(optimiser)
-        tensors |= {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors["random.draw"] = draw.get_state()
-        state: dict[str, Any] = {"optimiser": described, "history": history, "fingerprint": fingerprint}
-        checkpoint.save(directory, checkpoint.Checkpoint(len(history), tensors, state))
-        after_epoch(1)
-    return Trained(model, history)
+        epochs.close({"epoch": epoch + 1, "loss": mean, "validation": score})
+    return Trained(model, epochs.history)
 
 
 def draw_pairs(plan: Plan, seed: int, draw: torch.Generator) -> list[Pair]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from couplings_experiments import checkpoint
 from couplings_experiments.data import docstrings
 from couplings_experiments.data.docstrings import PACKAGES, PARTS, Entry
+from couplings_experiments.epochs import Epochs
 from couplings_experiments.retrieval_methods import (
     Encoded,
     Variant,
@@ -26,7 +23,6 @@ from couplings_experiments.retrieval_methods import (
     training_scores,
 )
 from couplings_experiments.retrieval_model import Encoder, Lexicon, Shape, Texts
-from couplings_experiments.trainer import Diverged
 
 # Learning rate, temperature and setting of each were chosen on validation modules: `couplings reproduce
 # retrieval-search`.
@@ -144,21 +140,18 @@ def train(
     model = build(plan, seed).to(device)
     optimiser = torch.optim.AdamW(model.parameters(), variant.rate)
     draw = torch.Generator().manual_seed(seed)
-    described = [identity, seed, asdict(variant), asdict(plan), data.fingerprint]
-    fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
-    history: list[dict[str, float]] = []
-    last, damaged = checkpoint.load_last(directory)
-    for path in damaged:
-        say(f"{path.name} of {identity} is damaged and was passed over")
-    if last is not None and last.state["fingerprint"] == fingerprint:
-        weights = {k.removeprefix("model."): t for k, t in last.tensors.items() if k.startswith("model.")}
-        model.load_state_dict(weights)
-        checkpoint.restore_optimiser(optimiser, last.tensors, last.state["optimiser"])
-        draw.set_state(last.tensors["random.draw"].clone())
-        history = last.state["history"]
-        after_epoch(len(history))
+    epochs = Epochs(
+        directory,
+        model,
+        optimiser,
+        {"draw": draw},
+        identity=identity,
+        stated=[seed, asdict(variant), asdict(plan), data.fingerprint],
+        after_epoch=after_epoch,
+        say=say,
+    )
     steps = len(questions) // settings.pairs
-    for epoch in range(len(history), settings.epochs):
+    for epoch in range(len(epochs.history), settings.epochs):
         model.train()
         losses = []
         order = torch.randperm(len(questions), generator=draw).split(settings.pairs)[:steps]
@@ -171,20 +164,12 @@ def train(
             nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
             optimiser.step()
             losses.append(loss.detach())
-        mean = float(torch.stack(losses).double().mean())
-        if not math.isfinite(mean):
-            raise Diverged(f"training of {identity} diverged in epoch {epoch + 1}: the loss is {mean}.")
+        mean = epochs.mean(losses)
         found = ranks(
             all_scores(variant, model, data.lexicon, data.questions["validation"], data.texts["validation"])
         )
-        history.append({"epoch": epoch + 1, "loss": mean, "validation": float(reciprocal(found).mean())})
-        tensors, state = checkpoint.flatten_optimiser(optimiser)
-        tensors |= {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors["random.draw"] = draw.get_state()
-        kept: dict[str, Any] = {"optimiser": state, "history": history, "fingerprint": fingerprint}
-        checkpoint.save(directory, checkpoint.Checkpoint(len(history), tensors, kept))
-        after_epoch(1)
-    return Trained(model, history)
+        epochs.close({"epoch": epoch + 1, "loss": mean, "validation": float(reciprocal(found).mean())})
+    return Trained(model, epochs.history)
 
 
 def contrastive(

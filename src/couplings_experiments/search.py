@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from couplings_experiments.epochs import Diverged
 from couplings_experiments.experiment import Context
-from couplings_experiments.trainer import Diverged
 
 
 def score(

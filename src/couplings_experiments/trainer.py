@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from couplings_experiments import checkpoint
 from couplings_experiments.data import Dataset, Split
+from couplings_experiments.epochs import Epochs
 from couplings_experiments.errors import UserError
 
 
@@ -33,10 +31,6 @@ class Optimisation:
     queries: int = 100
     templates: int = 100
     steps: int | None = None
-
-
-class Diverged(UserError):
-    """The loss is no longer a number."""
 
 
 class Method(Protocol):
@@ -85,28 +79,26 @@ def train(
     optimiser = torch.optim.SGD(
         module.parameters(), settings.learning_rate, settings.momentum, weight_decay=settings.weight_decay
     )
-    randomness = _Randomness(seed, device)
-    fingerprint = hashlib.sha256(
-        json.dumps([identity, seed, asdict(settings), data.name, data.sizes]).encode()
-    ).hexdigest()
-    history: list[dict[str, float]] = []
-
-    last, damaged = checkpoint.load_last(directory)
-    for path in damaged:
-        say(f"{path.name} of {identity} is damaged and was passed over")
-    if last is not None and last.state["fingerprint"] == fingerprint:
-        _restore(last, module, optimiser, randomness)
-        history = last.state["history"]
-        after_epoch(len(history))
-
+    batches = torch.Generator().manual_seed(seed)
+    noise = torch.Generator(device).manual_seed(seed)
+    epochs = Epochs(
+        directory,
+        module,
+        optimiser,
+        {"batches": batches, "noise": noise},
+        identity=identity,
+        stated=[seed, asdict(settings), data.name, data.sizes],
+        after_epoch=after_epoch,
+        say=say,
+    )
     queries, templates = settings.queries, settings.templates
     total = len(data.train)
     if total < queries + templates:
         raise UserError(f"{total} training images are fewer than the {queries} + {templates} of one step.")
     steps = total // queries if settings.steps is None else min(settings.steps, total // queries)
-    for epoch in range(len(history), settings.epochs):
+    for epoch in range(len(epochs.history), settings.epochs):
         module.train()
-        order = torch.randperm(total, generator=randomness.batches)
+        order = torch.randperm(total, generator=batches)
         losses = []
         for step in range(steps):
             if settings.schedule == "cosine":
@@ -115,60 +107,18 @@ def train(
                     group["lr"] = settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
             chosen = order[step * queries : (step + 1) * queries]
             others = torch.cat([order[: step * queries], order[(step + 1) * queries :]])
-            met = others[torch.randperm(len(others), generator=randomness.batches)[:templates]]
-            loss = method.loss(_take(data.train, chosen), _take(data.train, met), randomness.noise)
+            met = others[torch.randperm(len(others), generator=batches)[:templates]]
+            loss = method.loss(_take(data.train, chosen), _take(data.train, met), noise)
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             optimiser.step()
             losses.append(loss.detach())
-        mean = float(torch.stack(losses).double().mean())
-        if not math.isfinite(mean):
-            raise Diverged(f"training of {identity} diverged in epoch {epoch + 1}: the loss is {mean}.")
+        mean = epochs.mean(losses)
         module.eval()
         accuracy = method.accuracy(_first(data.train, 5000), _first(data.validation, 2000))
-        history.append({"epoch": epoch + 1, "loss": mean, "validation": accuracy})
-        _save(directory, module, optimiser, randomness, history, fingerprint)
-        after_epoch(1)
+        epochs.close({"epoch": epoch + 1, "loss": mean, "validation": accuracy})
     module.eval()
-    return history
-
-
-class _Randomness:
-    """All random number generators of a training: batches on the CPU, noise on the device."""
-
-    def __init__(self, seed: int, device: torch.device) -> None:
-        self.batches = torch.Generator().manual_seed(seed)
-        self.noise = torch.Generator(device).manual_seed(seed)
-
-    def state(self) -> dict[str, Tensor]:
-        return {"random.batches": self.batches.get_state(), "random.noise": self.noise.get_state()}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.batches.set_state(tensors["random.batches"].clone())
-        self.noise.set_state(tensors["random.noise"].clone())
-
-
-def _save(
-    directory: Path,
-    module: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    randomness: _Randomness,
-    history: list[dict[str, float]],
-    fingerprint: str,
-) -> None:
-    tensors, described = checkpoint.flatten_optimiser(optimiser)
-    tensors |= {f"model.{name}": tensor for name, tensor in module.state_dict().items()} | randomness.state()
-    state: dict[str, Any] = {"optimiser": described, "history": history, "fingerprint": fingerprint}
-    checkpoint.save(directory, checkpoint.Checkpoint(len(history), tensors, state))
-
-
-def _restore(
-    last: checkpoint.Checkpoint, module: nn.Module, optimiser: torch.optim.Optimizer, randomness: _Randomness
-) -> None:
-    model = {name.removeprefix("model."): t for name, t in last.tensors.items() if name.startswith("model.")}
-    module.load_state_dict(model)
-    checkpoint.restore_optimiser(optimiser, last.tensors, last.state["optimiser"])
-    randomness.restore(last.tensors)
+    return epochs.history
 
 
 def _take(split: Split, index: Tensor) -> Split:

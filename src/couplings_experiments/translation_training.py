@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import couplings as cp
-from couplings_experiments import checkpoint
 from couplings_experiments.data.numbers import END, PAD, START, Corpus, Pair
-from couplings_experiments.trainer import Diverged
+from couplings_experiments.epochs import Epochs
 from couplings_experiments.translation_model import LstmTranslator, TransformerTranslator, Translator
 
 BEAM = 5
@@ -200,21 +197,18 @@ def fit(
     device = model.embeddings.device
     optimiser = torch.optim.Adam(model.parameters(), phase.rate)
     draw = torch.Generator().manual_seed(seed)
-    stated = [identity, seed, *phase, asdict(plan), corpus.language]
-    fingerprint = hashlib.sha256(json.dumps(stated).encode()).hexdigest()
-    history: list[dict[str, float]] = []
-    last, damaged = checkpoint.load_last(directory)
-    for path in damaged:
-        say(f"{path.name} of {identity} is damaged and was passed over")
-    if last is not None and last.state["fingerprint"] == fingerprint:
-        weights = {k.removeprefix("model."): t for k, t in last.tensors.items() if k.startswith("model.")}
-        model.load_state_dict(weights)
-        checkpoint.restore_optimiser(optimiser, last.tensors, last.state["optimiser"])
-        draw.set_state(last.tensors["random.draw"].clone())
-        history = last.state["history"]
-        after_epoch(len(history))
+    epochs = Epochs(
+        directory,
+        model,
+        optimiser,
+        {"draw": draw},
+        identity=identity,
+        stated=[seed, *phase, asdict(plan), corpus.language],
+        after_epoch=after_epoch,
+        say=say,
+    )
     steps = math.ceil(len(corpus.train) / plan.batch)
-    for epoch in range(len(history), phase.epochs):
+    for epoch in range(len(epochs.history), phase.epochs):
         model.train()
         order = torch.randperm(len(corpus.train), generator=draw).tolist()
         losses = []
@@ -228,18 +222,10 @@ def fit(
             nn.utils.clip_grad_norm_(model.parameters(), plan.clip)
             optimiser.step()
             losses.append(loss.detach())
-        mean = float(torch.stack(losses).double().mean())
-        if not math.isfinite(mean):
-            raise Diverged(f"training of {identity} diverged in epoch {epoch + 1}: the loss is {mean}.")
+        mean = epochs.mean(losses)
         exact = score(translations(model, corpus, corpus.validation, beam=1), corpus.validation)["exact"]
-        history.append({"epoch": epoch + 1, "loss": mean, "validation": exact})
-        tensors, described = checkpoint.flatten_optimiser(optimiser)
-        tensors |= {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-        tensors["random.draw"] = draw.get_state()
-        state: dict[str, Any] = {"optimiser": described, "history": history, "fingerprint": fingerprint}
-        checkpoint.save(directory, checkpoint.Checkpoint(len(history), tensors, state))
-        after_epoch(1)
-    return history
+        epochs.close({"epoch": epoch + 1, "loss": mean, "validation": exact})
+    return epochs.history
 
 
 def _share(number: int, total: int) -> float:

@@ -10,9 +10,10 @@ import torch
 
 from couplings_experiments import checkpoint, files
 from couplings_experiments.data import load
+from couplings_experiments.epochs import Diverged
 from couplings_experiments.errors import UserError, explain_os_error
 from couplings_experiments.knn_training import DIGITS, Choice, build
-from couplings_experiments.trainer import Diverged, Optimisation, train
+from couplings_experiments.trainer import Optimisation, train
 
 
 @pytest.fixture(scope="module")

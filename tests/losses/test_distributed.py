@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from couplings import losses
@@ -19,9 +18,6 @@ from couplings.distributed import contrastive, gather
 sys.path.insert(0, str(Path(__file__).parent))
 from distributed_cases import CASES, DTYPES, ROWS, TRAINED, Model, batch, evaluate, run, train
 
-pytestmark = [
-    pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo"),
-]
 SIZES = (2, 4)
 BUDGET = {torch.float64: 1e-12, torch.float32: 1e-6}
 

@@ -212,7 +212,6 @@ def test_a_temperature_that_nobody_may_look_at():
 
 
 def test_heatmap_shows_the_matrix():
-    pytest.importorskip("matplotlib")
     x1, x2 = torch.randn(5, 3), torch.randn(6, 3)
     figure = similarity_heatmap(x1, x2, title="cosines")
     (image,) = figure.axes[0].images
