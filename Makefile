@@ -10,11 +10,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
 
-.PHONY: help test reproduce bench lint format build clean
+.PHONY: help test reproduce bench stress docs lint format build clean
 help:
 	@echo "make test        install into $(VENV) and run the test suite"
 	@echo "make reproduce   install into $(VENV), train the experiments, write report/index.html"
 	@echo "make bench       install the peers, too, and write benchmarks/results/"
+	@echo "make docs        install Sphinx and write docs/_build/html; a warning is an error"
+	@echo "make stress      100,000 random problems, checked again; benchmarks/results/stress.md"
 	@echo "make lint        ruff check, ruff format --check, mypy"
 	@echo "make format      ruff check --fix, ruff format"
 	@echo "make build       a wheel into dist/"
@@ -29,6 +31,12 @@ reproduce: $(VENV)/.installed
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks $(ARGS)
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/sphinx-build --fail-on-warning --keep-going $(ARGS) docs docs/_build/html
+
+stress: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.stress $(ARGS)
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -42,7 +50,7 @@ build: $(VENV)/.installed-dev
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) dist build docs/_build docs/auto_gallery .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # ---- installation: stamps, so that it happens once and again when a requirement changes ----
 $(BIN)/python:
@@ -57,6 +65,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e ".[experiments,test,dev]"
+	@touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) -e ".[docs]"
 	@touch $@
 
 $(VENV)/.installed-bench: $(VENV)/.installed

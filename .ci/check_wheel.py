@@ -43,4 +43,10 @@ said = ran.stdout + ran.stderr
 if ran.returncode == 0 or "Traceback" in said or "couplings[experiments]" not in said:
     fail(f"`couplings list` without the extra should name couplings[experiments] in one line, said:\n{said}")
 
+# and the doctor answers where nothing but torch is
+ran = subprocess.run([script, "doctor"], capture_output=True, text=True)
+said = ran.stdout + ran.stderr
+if ran.returncode != 1 or "Traceback" in said or 'pip install "couplings[experiments]"' not in ran.stdout:
+    fail(f"`couplings doctor` without the extra should name it as the problem, said:\n{said}")
+
 print(f"couplings {importlib.metadata.version('couplings')} imports with torch alone: {where.parent.name} ok")

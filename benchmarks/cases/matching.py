@@ -101,8 +101,8 @@ def parity_figures(rows: list[Measured]) -> list[Figure]:
 
 @case("dustbin_parity", "The published layer's 100 sweeps, the same answer", parity_figures)
 def dustbin_parity(quick: bool) -> Iterator[Setting]:
-    """log_optimal_transport(scores, alpha, 100) against the loop it replaces; float32, scores of deviation 5. Error:
-    largest distance of the log plan from the loop's in float64.
+    """log_optimal_transport(scores, alpha, 100) against the loop it replaces; float32. Error: largest distance of the
+    log plan from the loop's in float64; rounding that to float32 alone costs 2e-6 at deviation 5 and 8e-6 at 20.
     """
     size = 64 if quick else 512
     for batch in (1, 8):
@@ -123,7 +123,7 @@ def dustbin_parity(quick: bool) -> Iterator[Setting]:
             yield Setting(
                 f"{batch} x {size} x {size}, std {deviation}",
                 [
-                    Contender(PARITY, ours, "ours", error, bar=1e-4, memory=True),
+                    Contender(PARITY, ours, "ours", error, bar=1e-5, memory=True),
                     Contender(LOOP, theirs, "peer", error, memory=True),
                     floor(scores),
                 ],

@@ -111,12 +111,10 @@ def _pull_back(
     """Of mean: w_i / W; of std: w_i u_i / W with u = (x - mean) / std, which is 0 in a constant row."""
     total = _total(x, weights, mask)
     per_entry: Tensor | None = None
-    u = (x - mean) / std if weights is not None else x - mean
+    u = (x - mean) / std  # first: std_grad / std overflows in float32 from a deviation of 1e-19 down
     if mask is not None:
         u = u.masked_fill(~mask, 0)
-    if std_grad is not None and weights is None:
-        per_entry = u * (std_grad / total / std)
-    elif std_grad is not None:
+    if std_grad is not None:
         per_entry = u * (std_grad / total)
     if mean_grad is not None:
         shared = mean_grad / total

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import couplings as cp
 from couplings import Status, log_optimal_transport, match_with_dustbin
+from couplings.transport import sinkhorn_large
 
 INF, NAN = float("inf"), float("nan")
 BAR = {torch.float64: 1e-9, torch.float32: 2e-6}
@@ -61,6 +62,64 @@ def test_fixed_sweeps_are_the_published_loop(shape, sweeps):
     torch.testing.assert_close(
         single.double(), textbook(scores.float().double(), 1.3, sweeps), rtol=0, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("std", [1.0, 5.0, 20.0, 60.0, 300.0])
+def test_fixed_sweeps_of_large_problems(std):
+    scores = torch.stack([std * draw(200, 190, seed=seed) for seed in range(2)]).float()
+    expected = textbook(scores.double(), std, 100)
+    out = log_optimal_transport(scores, std, 100)
+    rounding = (expected.float().double() - expected).abs().max()
+    assert (out.double() - expected).abs().max() <= max(1e-5, 1.5 * float(rounding))
+    double = log_optimal_transport(scores.double(), std, 100)
+    torch.testing.assert_close(double, expected, rtol=1e-11, atol=1e-9)
+    # an item's bits do not depend on its neighbours, whatever precision and kernels those need
+    other = torch.stack([scores[0], 100 * scores[1]])
+    assert torch.equal(log_optimal_transport(other, std, 100)[0], out[0])
+
+
+@pytest.mark.parametrize("floors", [(-40.0, -60.0), (-30.0, -42.0)], ids=["some", "every sweep"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_large_fixed_sweeps_leave_their_kernel(dtype, floors, monkeypatch):
+    # the true range takes score deviations in the thousands, where a plan's logarithm says little
+    monkeypatch.setattr(
+        sinkhorn_large, "FLOOR", dict(zip((torch.float32, torch.float64), floors, strict=True))
+    )
+    for std in (5.0, 20.0):
+        scores = (std * draw(1, 200, 190)).to(dtype)
+        expected = textbook(scores.double(), std, 60)
+        out = log_optimal_transport(scores, std, 60)
+        atol = 1e-5 if dtype == torch.float32 else 1e-11
+        torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
+
+
+def test_fixed_sweeps_of_large_masked_problems():
+    scores = (5 * draw(2, 150, 160)).float()
+    scores[:, 3, 5:9] = -INF
+    rows, columns = flags(2, 150), flags(2, 160, seed=1)
+    columns[1] = False
+    out = match_with_dustbin(scores, 1.0, row_mask=rows, column_mask=columns, iterations=30).log_plan()
+    for i in range(2):
+        chosen = scores[i][rows[i]][:, columns[i]].double()
+        kept = torch.cat([rows[i], torch.ones(1).bool()]), torch.cat([columns[i], torch.ones(1).bool()])
+        got = out[i][kept[0]][:, kept[1]].double()
+        if columns[i].any():
+            torch.testing.assert_close(got, textbook(chosen[None], 1.0, 30)[0], rtol=0, atol=1e-5)
+        else:  # nobody to match with: every row goes to its dustbin, and the corner is empty
+            alone = torch.ones_like(got)
+            alone[-1] = 0
+            torch.testing.assert_close(got.exp(), alone, rtol=0, atol=1e-6)
+        assert (out[i][~kept[0]] == -INF).all()
+        assert (out[i][:, ~kept[1]] == -INF).all()
+
+
+@pytest.mark.parametrize("std", [5.0, 60.0])
+def test_unrolled_gradient_of_large_fixed_sweeps(std):
+    scores = (std * draw(1, 130, 128)).requires_grad_()
+    weight = draw(1, 131, 129, seed=1)
+    ours = torch.autograd.grad((log_optimal_transport(scores, std, 40).exp() * weight).sum(), scores)
+    theirs = torch.autograd.grad((textbook(scores, std, 40).exp() * weight).sum(), scores)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
 
 
 def test_half_precision_is_solved_in_float32():

@@ -481,6 +481,7 @@ def test_blocks_of_a_batch_change_nothing(monkeypatch):
     outcomes = []
     for size in (2**16, 16 * 7):
         monkeypatch.setattr(small, "BLOCK", size)
+        monkeypatch.setattr(small, "BACK", size)
         plan = sinkhorn_normalize(logits)
         outcomes.append((plan, torch.autograd.grad(plan.square().sum(), logits)[0]))
     assert torch.equal(outcomes[0][0], outcomes[1][0])

@@ -1,11 +1,17 @@
 """Sorted rows and sums over blocks: compiled and plain against loops, derivatives, threads; rounds and engines."""
 
+import os
+import subprocess
+import sys
+from functools import partial
+
 import pytest
 import torch
 from test_isotonic import inputs
 from torch.autograd import gradcheck, gradgradcheck
 
-from couplings.ordering import isotonic, isotonic_compiled
+import couplings as cp
+from couplings.ordering import isotonic, isotonic_compiled, threads
 from couplings.ordering.blocks import block_mean, block_sum, centred, softmax, sort_rows
 from couplings.ordering.isotonic import Blocks, pool, pool_entropic
 
@@ -160,27 +166,68 @@ def test_threads_change_nothing(monkeypatch):
         return found, order, *blocks, *torch.autograd.grad(found.square().sum(), x)
 
     expected = everything()
-    monkeypatch.setattr(isotonic_compiled, "PARALLEL", 1)
+    monkeypatch.setattr(threads, "PARALLEL", 1)
     before = torch.get_num_threads()
     try:
-        for threads in (2, 3, 16):
-            torch.set_num_threads(threads)
+        for count in (2, 3, 16):
+            torch.set_num_threads(count)
             for mine, theirs in zip(everything(), expected, strict=True):
                 assert torch.equal(mine, theirs)
     finally:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("team", ["torch's", "python's"])
+@pytest.mark.parametrize("variant", ["l2", "kl"])
+@pytest.mark.parametrize("function", [cp.soft_rank, cp.soft_sort])
+def test_threads_give_the_operators_the_same_bits(function, variant, team, monkeypatch):
+    if team == "python's":
+        monkeypatch.setattr(threads, "_team", lambda: None)
+    x = torch.randn(7, 90, requires_grad=True)
+    cotangent = torch.randn(7, 90)
+
+    def everything():
+        found = function(x, method="projection", variant=variant)
+        return found, *torch.autograd.grad(found, x, cotangent)
+
+    expected = everything()
+    monkeypatch.setattr(threads, "PARALLEL", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for mine, theirs in zip(everything(), expected, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_a_forked_process_finishes():
+    """It has none of the threads that were there before."""
+    code = """
+import os, sys, torch
+from couplings.ordering import threads
+torch.set_num_threads(2)
+def count():
+    done = []
+    threads.shared(lambda part: lambda: done.append(part), 2, threads.PARALLEL)
+    return len(done)
+assert count() == 2
+child = os.fork()
+if child == 0:
+    os._exit(count())
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 2)
+"""
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork here")
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_an_error_in_a_thread_is_raised(monkeypatch):
-    monkeypatch.setattr(isotonic_compiled, "PARALLEL", 1)
+    monkeypatch.setattr(threads, "PARALLEL", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
 
-    def work(part):
-        if part.start:
+    def work(start):
+        if start:
             raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        isotonic_compiled._shared(work, 5, 10)
+        threads.shared(lambda part: partial(work, part.start), 5, 10)
 
 
 @pytest.mark.parametrize("kl", [False, True])

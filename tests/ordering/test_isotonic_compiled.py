@@ -11,7 +11,7 @@ from test_isotonic import block_mean, inputs, log_sum
 
 import couplings as cp
 from couplings.ordering import isotonic_compiled
-from couplings.ordering.isotonic import pool, pool_entropic
+from couplings.ordering.isotonic import pool, pool_entropic, rank_blocks, value_blocks
 
 
 @pytest.fixture
@@ -123,6 +123,28 @@ def test_operators(function, variant, fast, slow):
         return function(row, method="projection", variant=variant)
 
     torch.testing.assert_close(torch.func.vmap(one)(rows), one(rows))
+
+
+@pytest.mark.parametrize("entropic", [False, True])
+def test_blocks_of_ranks_and_values_in_one_go(entropic, fast, slow):
+    """From scores to blocks, as in steps; rows far beyond what exponentials hold among them."""
+    x = torch.randn(12, 300, dtype=torch.float64).sort(-1).values
+    x[3] = x[3].round()
+    x[4] = 0.5
+    one = torch.ones(12, 1, dtype=torch.float64)
+    place = torch.arange(1, 301, dtype=torch.float64)
+    stretch = torch.logspace(-2, 4, 12, dtype=torch.float64).unsqueeze(-1)
+    for mine, theirs in (
+        [find(rank_blocks, x, stretch, place, None, None, entropic) for find in (call, slow)],
+        [find(value_blocks, x * stretch, 2 * one, one / 30, None, entropic) for find in (call, slow)],
+    ):
+        for mean in (block_mean, log_sum):
+            arguments = (x, torch.ones_like(x)) if mean is block_mean else (x,)
+            torch.testing.assert_close(mean(*arguments, mine), mean(*arguments, theirs), rtol=1e-9, atol=1e-9)
+
+
+def call(function, *args):
+    return function(*args)
 
 
 def test_not_a_number_and_infinity(fast):

@@ -71,6 +71,11 @@ def topk_attention(
     """
     batch = _check_metadata(q, k, v, topk, mask, bias, scale, dropout_p)
     length, sources = q.shape[-2], k.shape[-2]
+    if mask is not None and mask.dim() > 1 and mask.shape[-1] == sources:
+        used = mask.any(-2).unsqueeze(
+            -1
+        )  # a source that no query may attend to, padding for one, may hold anything
+        k, v = torch.where(used, k, 0), torch.where(used, v, 0)
     scores = (q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT
     shape = (*batch, length, sources)
     scores = scores.expand(shape) if bias is None else (scores + bias).expand(shape)

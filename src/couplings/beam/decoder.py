@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from couplings import _checks
+from couplings._rowwise import seen
+
+_ROUNDING = 1e-3  # of the logarithm of a probability near 1
 
 Step = Callable[[Tensor, Any], tuple[Tensor, Any]]
 """``step(embedding (rows, d), state) -> (log_probs (rows, V), state)``, any pytree of tensors (rows, ..) as state.
@@ -28,7 +31,7 @@ class Decoder:
                 "step",
                 "a function (embedding, state) -> (log_probs, state)",
                 _checks.describe(step),
-                "",
+                "Pass the decoder's step.",
                 TypeError,
             )
         _checks.real_tensor("embeddings", embeddings)
@@ -74,6 +77,13 @@ class Decoder:
                 f"log probabilities of shape {(self.batch * self.beam, self.vocabulary)}",
                 _checks.describe(log_probs),
                 "One row per row of the embedding, one column per row of embeddings.",
+            )
+        if seen(log_probs > _ROUNDING):
+            _checks.reject(
+                "step",
+                "log probabilities, which are at most 0",
+                f"{float(log_probs.detach().amax()):.3g} among them",
+                "Return scores.log_softmax(-1).",
             )
         return log_probs.view(self.batch, self.beam, self.vocabulary), state
 

@@ -29,7 +29,7 @@ def teacher_forcing_loss(
         lengths: (batch,) true lengths; None: all T.
 
     Returns:
-        A scalar: summed over a sentence, averaged over sentences.
+        A scalar, summed over a sentence, averaged over sentences.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -76,7 +76,7 @@ def soft_beam_loss(
         beam, epsilon, hard: as in ``couplings.beam.soft_beam_search``.
 
     Returns:
-        A scalar: summed over a sentence, averaged over sentences.
+        A scalar, summed over a sentence, averaged over sentences.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

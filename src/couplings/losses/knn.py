@@ -34,7 +34,7 @@ def knn_loss(
     generator: torch.Generator | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Minus the soft number of same-label templates among the k nearest ones to each query.
+    r"""Minus the soft number of same-label templates among the k nearest ones to each query.
 
     The Euclidean distances (not squared) from a query to all templates go through
     ``soft_topk_mask(..., largest=False)``; the weights of the templates that share the query's label are added up.
@@ -42,29 +42,29 @@ def knn_loss(
 
     A query and a template at the same place have distance 0, where the distance has a kink. The gradient taken there
     is 0, the middle of the subdifferential, in every order; it is chosen, not produced by a clamp or an added
-    constant, so every other distance and gradient is exact. The differences (*batch, q, t, d) are formed explicitly:
+    constant, so every other distance and gradient is exact. The differences (\*batch, q, t, d) are formed explicitly:
     near-duplicates do not cancel, and memory is O(q t d).
 
     Args:
-        queries: (*batch, q, d) features, any real floating dtype. Half precision is computed in float32.
-        templates: (t, d), or (*batch, t, d) with batch dimensions that broadcast against those of ``queries``.
-        query_labels: (*batch, q), or any shape that broadcasts to it, integer (or bool).
-        template_labels: (t,) or (*batch, t), integer (or bool).
+        queries: (\*batch, q, d) features, any real floating dtype. Half precision is computed in float32.
+        templates: (t, d), or (\*batch, t, d) with batch dimensions that broadcast against those of ``queries``.
+        query_labels: (\*batch, q), or any shape that broadcasts to it, integer (or bool).
+        template_labels: (t,) or (\*batch, t), integer (or bool).
         k: how many neighbours, 1 <= k <= t.
         epsilon: smoothing of the selection, in standard deviations of a query's distances; None is the documented
             default of ``soft_topk_mask`` for the method.
         method: any method of ``soft_topk_mask``.
-        mask: bool, broadcasts to (*batch, q, t); True = this template may be a neighbour of this query. Where queries
+        mask: bool, broadcasts to (\*batch, q, t); True = this template may be a neighbour of this query. Where queries
             and templates are drawn from one training set, ``query_index[:, None] != template_index`` keeps a query
             from finding itself. A query with fewer than k templates left selects all of them.
         exclude_self: the queries *are* the templates (q == t, same order): template i is no neighbour of query i.
         standardize: as in ``soft_topk_mask``.
         hard: count the exact k nearest in the forward pass, with the soft gradient.
         generator: source of the noise, for ``method="gumbel"``.
-        reduction: "mean" over all queries (the default), "sum", or "none" for (*batch, q).
+        reduction: "mean" over all queries (the default), "sum", or "none" for (\*batch, q).
 
     Returns:
-        A scalar, or (*batch, q) with ``reduction="none"``, in the dtype of ``queries``.
+        A scalar, or (\*batch, q) with ``reduction="none"``, in the dtype of ``queries``.
 
     Raises:
         TypeError: features that are not floating point or differ in dtype, labels or k that are not integers.
@@ -121,6 +121,8 @@ def knn_loss(
         mask = others if mask is None else mask & others
     if mask is not None:
         mask = mask.expand(*batch, count, total)
+        reached = mask.any(-2)  # a template that is nobody's neighbour may hold anything
+        templates = torch.where(reached.unsqueeze(-1), templates, 0)
     weights = soft_topk_mask(
         _distances(queries.to(dtype), templates.to(dtype)),
         k,

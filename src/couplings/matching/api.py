@@ -11,9 +11,9 @@ from couplings import _checks
 from couplings._autocast import full_precision
 from couplings._rowwise import seen
 from couplings.matching.dual_softmax import dual_softmax
-from couplings.matching.dustbin import bordered
+from couplings.matching.dustbin import Bordered, bordered
 from couplings.transport import Coupling, Status, act_on_failure, solve
-from couplings.transport.api import positive
+from couplings.transport.api import log_plan_after, positive
 
 METHODS = ("transport", "dual_softmax")
 Dustbin = float | Tensor | Sequence[float | Tensor]
@@ -84,16 +84,8 @@ def match_with_dustbin(
     if tolerance is not None:
         positive("tolerance", tolerance, "Pass a positive relative residual, or None.")
     work = scores.dtype if scores.dtype == torch.float64 else torch.float32
-    batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
     with full_precision(scores):
-        problem = bordered(
-            scores.to(work),
-            rows.to(device=scores.device, dtype=work).expand(*batch, n),
-            columns.to(device=scores.device, dtype=work).expand(*batch, m),
-            corner.to(device=scores.device, dtype=work).expand(*batch, 1),
-            row_mask,
-            column_mask,
-        )
+        problem = _bordered(scores, rows, columns, corner, row_mask, column_mask)
         if method == "dual_softmax":
             if iterations is not None:
                 _checks.reject(
@@ -154,7 +146,11 @@ def log_optimal_transport(scores: Tensor, alpha: float | Tensor, iters: int | No
             _checks.reject("iters", "an int or None", _checks.describe(iters), "Pass an int.", TypeError)
         if iters < 1:
             _checks.reject("iters", "at least 1", iters, "None solves to the certificate.")
-    return match_with_dustbin(scores, alpha, iterations=iters).log_plan()
+        rows, columns, corner = _check_metadata(scores, alpha, None, None)
+        with full_precision(scores):
+            problem = _bordered(scores, rows, columns, corner, None, None)
+            return log_plan_after(-problem.scores, problem.a, problem.b, iters).to(scores.dtype)
+    return match_with_dustbin(scores, alpha).log_plan()
 
 
 def _check_metadata(
@@ -197,6 +193,27 @@ def _check_metadata(
     _check_dustbin("dustbin[0]", rows, scores, (*batch, n), "one score per row")
     _check_dustbin("dustbin[1]", columns, scores, (*batch, m), "one score per column")
     return rows, columns, scores.new_zeros(())
+
+
+def _bordered(
+    scores: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    corner: Tensor,
+    row_mask: Tensor | None,
+    column_mask: Tensor | None,
+) -> Bordered:
+    """With all scores expanded, in the precision that is worked in."""
+    work = scores.dtype if scores.dtype == torch.float64 else torch.float32
+    batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
+    return bordered(
+        scores.to(work),
+        rows.to(device=scores.device, dtype=work).expand(*batch, n),
+        columns.to(device=scores.device, dtype=work).expand(*batch, m),
+        corner.to(device=scores.device, dtype=work).expand(*batch, 1),
+        row_mask,
+        column_mask,
+    )
 
 
 def _as_score(part: float | Tensor, scores: Tensor) -> Tensor:

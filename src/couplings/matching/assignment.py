@@ -35,7 +35,7 @@ def hard_assignment(
         column_mask: (\*batch, m), likewise.
 
     Returns:
-        (\*batch, n) int64 on the device of the input: the column of each row, -1 where it has none. As many pairs are
+        (\*batch, n) int64 on the device of the input, the column of each row, -1 where it has none. As many pairs are
         made as the allowed ones admit, min(n, m) if none is forbidden or masked; of all such matchings the best.
 
     Raises:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from couplings import _checks
+from couplings._rowwise import seen
+from couplings.transport import Coupling
+
+_ROUNDING = 0.05  # of the logarithm of 1, in half precision, too
 
 
 class Matches(NamedTuple):
@@ -35,7 +39,7 @@ def mutual_matches(log_plan: Tensor, threshold: float = 0.2) -> Matches:
 
     Raises:
         TypeError: a wrong type or dtype.
-        ValueError: a wrong shape or threshold.
+        ValueError: a wrong shape or threshold; on an eager CPU, entries above 0, which are not logarithms of a plan.
 
     Example:
         >>> import torch, couplings as cp
@@ -44,6 +48,8 @@ def mutual_matches(log_plan: Tensor, threshold: float = 0.2) -> Matches:
         >>> cp.mutual_matches(coupling.log_plan()).indices
         tensor([0, 2])
     """
+    if isinstance(log_plan, Coupling):
+        _checks.reject("log_plan", "a tensor", "a Coupling", "Pass coupling.log_plan().", TypeError)
     _checks.real_tensor("log_plan", log_plan)
     if log_plan.dim() < 2 or log_plan.shape[-1] < 1 or log_plan.shape[-2] < 1:
         _checks.reject(
@@ -62,6 +68,13 @@ def mutual_matches(log_plan: Tensor, threshold: float = 0.2) -> Matches:
         none = torch.full(inner.shape[:-1], -1, dtype=torch.int64, device=inner.device)
         return Matches(none, inner.new_zeros(inner.shape[:-1]))
     best, column = inner.max(-1)
+    if seen(best > _ROUNDING):
+        _checks.reject(
+            "log_plan",
+            "logarithms of a plan's entries, which are at most 1",
+            f"an entry of {float(best.detach().amax()):.3g}",
+            "Pass coupling.log_plan(), not coupling.plan().",
+        )
     row = inner.detach().argmax(-2)
     mutual = row.gather(-1, column) == torch.arange(n, device=inner.device)
     confidence = best.exp()

@@ -18,7 +18,8 @@ from couplings._rowwise import RowFunction
 from couplings.transport._progress import all_true, any_true
 
 LARGEST = 8  # the assignment takes n 2^(n-1) steps; beyond it the general solver is faster
-BLOCK = 2**16  # entries worked on together on a CPU: the temporaries stay in cache
+BLOCK = 2**19  # entries worked on together on a CPU: the many small operations have work for several threads
+BACK = 2**18  # the same of the gradient, whose temporaries are float64 throughout
 QUICK_PASSES = 5  # plain Newton steps in the precision of the result
 CAREFUL_PASSES = 60  # logarithmic steps in float64 for what is left
 REACH = 80.0  # logits: by no more does a flow count above the row's own entry
@@ -70,15 +71,15 @@ class SmallPlan(RowFunction):
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or plan.device.type != "cpu":
             return _pull_back(plan, cotangent).reshape(*batch, n, n)
         out = torch.empty(plan.shape, dtype=plan.dtype)
-        for block in _blocks(plan):
+        for block in _blocks(plan, BACK):
             out[block] = _pull_back(plan[block], cotangent[block])
         return out.reshape(*batch, n, n)
 
 
-def _blocks(matrices: Tensor) -> list[slice]:
+def _blocks(matrices: Tensor, entries: int) -> list[slice]:
     """Ranges of a batch (B, n, n) that are worked on together; they follow from shapes alone."""
     count, n, _ = matrices.shape
-    size = max(1, BLOCK // (n * n)) if matrices.device.type == "cpu" else max(1, count)
+    size = max(1, entries // (n * n)) if matrices.device.type == "cpu" else max(1, count)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
@@ -115,7 +116,7 @@ def _solve(logits: Tensor) -> tuple[Tensor, Tensor]:
     residual = torch.empty(flat.shape[0], dtype=flat.dtype, device=flat.device)
     quick = SINGLE if flat.dtype == torch.float32 else DOUBLE
     rest: list[tuple[Tensor, _Problem, Tensor]] = []
-    for block in _blocks(flat):
+    for block in _blocks(flat, BLOCK):
         problem = _centred(flat[block].permute(1, 2, 0).to(torch.float64).contiguous())
         x = problem.x.to(quick.dtype)
         v, live = _iterate(x, torch.zeros_like(x[0]), ~problem.bad, QUICK_PASSES, quick, careful=False)

@@ -130,13 +130,14 @@ def soft_rank(
     scores, and equal scores have equal ranks.
 
     Args:
-        x, dim, epsilon, method, variant, weights, mask, num_targets, targets, target_weights, squash, standardize, p,
-            generator: as in ``soft_sort``. Here every method has its operator.
+        x, dim, epsilon, weights, mask, squash, standardize, p, generator: as in ``soft_sort``.
+        method, variant: likewise; here every method has its operator.
+        num_targets, targets, target_weights: likewise.
         descending: whether the largest entry has rank 1 instead of n.
         hard: the exact ranks (ties: first index first) with the gradient of the soft ones.
 
     Returns:
-        A tensor of x's shape and dtype: in [1, c] with c valid entries, 0 where masked. A row with NaN or an infinite
+        A tensor of x's shape and dtype, in [1, c] with c valid entries, 0 where masked. A row with NaN or an infinite
         score is NaN.
 
     Raises:
@@ -186,8 +187,9 @@ def soft_permutation(
 
     Args:
         x: (\*batch, n) scores.
-        dim, descending, epsilon, method, variant, weights, mask, num_targets, targets, target_weights, squash,
-            standardize, hard, p, generator: as in ``soft_sort``; ``"projection"`` and ``"sigmoid"`` have no matrix.
+        method, variant: as in ``soft_sort``; ``"projection"`` and ``"sigmoid"`` have no matrix.
+        dim, descending, epsilon, weights, mask, squash, standardize, hard, p, generator: as in ``soft_sort``.
+        num_targets, targets, target_weights: likewise.
 
     Returns:
         (\*batch, m, n), batch x's dimensions other than ``dim``; rows sum to 1, and with ``method="transport"`` without
@@ -585,8 +587,9 @@ class _Call:
             _checks.same_dtype("weights", weights, x, name)
             _checks.same_device("weights", weights, x, name)
             _checks.broadcastable("weights", weights, x.shape, f"the shape of {name}")
-            weights = _valid(weights, (weights >= 0) & (weights < math.inf), "weights", "finite values >= 0")
-            weights = weights.expand(x.shape)
+            good = (weights >= 0) & (weights < math.inf)
+            good = good if mask is None else good | ~mask
+            weights = _valid(weights.expand(x.shape), good, "weights", "finite values >= 0")
         entropic.check_squash(squash)
         self.squash = squash
         if isinstance(p, bool) or not isinstance(p, (int, float)):
@@ -629,7 +632,13 @@ class _Call:
             work = torch.float32 if x.dtype in _checks.HALF else x.dtype
             return epsilon.to(work).expand(self.batch).unsqueeze(-1)
         if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-            _checks.reject("epsilon", "a float, a tensor or None", _checks.describe(epsilon), "", TypeError)
+            _checks.reject(
+                "epsilon",
+                "a float, a tensor or None",
+                _checks.describe(epsilon),
+                "Pass float(epsilon).",
+                TypeError,
+            )
         if not 0 <= epsilon < math.inf:
             _checks.reject("epsilon", "a finite number >= 0", epsilon, "0 is the exact discrete answer.")
         return float(epsilon)

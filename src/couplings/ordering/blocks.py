@@ -22,6 +22,12 @@ def sort_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return ordered, order
 
 
+def unsort(value: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+    """Entries in order, (*batch, n) float64, put back to where they came from, in that dtype."""
+    found: Tensor = apply(_Unsort, value, order, dtype)
+    return found
+
+
 def block_sum(value: Tensor, blocks: Blocks) -> Tensor:
     """The sum over its block, at every entry; value (*batch, n) float64."""
     found: Tensor = apply(_BlockSum, value, *blocks, False)
@@ -54,10 +60,8 @@ def block_size(blocks: Blocks) -> Tensor:
 class _Sort(RowFunction):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling():
-            kernels = isotonic_compiled.compiled()
-            if kernels is not None:
-                return kernels.sort(x)
+        if x.dtype == torch.float32 and (kernels := _kernels(x)) is not None:
+            return kernels.sort(x)
         ordered, order = torch.sort(x, dim=-1, stable=True)
         return ordered.double(), order
 
@@ -70,15 +74,40 @@ class _Sort(RowFunction):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> Tensor:
         (order,) = ctx.saved_tensors
-        grad = grad.to(ctx.dtype)
-        return torch.zeros_like(grad).scatter(-1, order, grad)
+        return unsort(grad, order, ctx.dtype)
+
+
+class _Unsort(RowFunction):
+    @staticmethod
+    def forward(value: Tensor, order: Tensor, dtype: torch.dtype) -> Tensor:
+        if dtype == torch.float32 and (kernels := _kernels(value)) is not None:
+            return kernels.unsort(value, order)
+        value = value.to(dtype)
+        return torch.zeros_like(value).scatter(-1, order, value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (order,) = ctx.saved_tensors
+        if grad.dtype == torch.float32 and not torch.is_grad_enabled() and (kernels := _kernels(grad)):
+            return kernels.resort(grad, order), None, None
+        return grad.gather(-1, order).double(), None, None
+
+
+def _kernels(like: Tensor) -> isotonic_compiled.Compiled | None:
+    """The compiled functions where they can work on such a tensor."""
+    if like.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    return isotonic_compiled.compiled()
 
 
 def _sums(value: Tensor, first: Tensor, last: Tensor, mean: bool) -> Tensor:
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        kernels = isotonic_compiled.compiled()
-        if kernels is not None:
-            return kernels.block_sum(value, last, mean)
+    kernels = _kernels(value)
+    if kernels is not None:
+        return kernels.block_sum(value, last, mean)
     found = torch.zeros_like(value).scatter_add_(-1, first, value).gather(-1, first)
     return found.div_(block_size(Blocks(first, last))) if mean else found
 
@@ -102,6 +131,8 @@ class _BlockSum(RowFunction):
 class _Centred(RowFunction):
     @staticmethod
     def forward(x: Tensor, rate: Tensor, weights: Tensor | None, first: Tensor, last: Tensor) -> Tensor:
+        if weights is None and (kernels := _kernels(x)) is not None:
+            return kernels.centred(x, rate, last)
         offset = (x - x.gather(-1, first)).mul_(rate)  # where the scores lie costs no digits
         if weights is None:
             return offset.sub_(_sums(offset, first, last, True))
@@ -117,6 +148,8 @@ class _Centred(RowFunction):
         """Of the offset, g - a sum_B(g) / sum_B(a); the sum over a block of that is 0."""
         rate, weights, *pair, out = ctx.saved_tensors
         blocks = Blocks(*pair)
+        if weights is None and not torch.is_grad_enabled() and (kernels := _kernels(grad)) is not None:
+            return (*kernels.centred_back(grad, rate, blocks.last, out), None, None, None)
         if weights is None:
             shared = block_mean(grad, blocks)
         else:
@@ -133,6 +166,8 @@ class _Centred(RowFunction):
 class _Softmax(RowFunction):
     @staticmethod
     def forward(x: Tensor, rate: Tensor, weights: Tensor | None, first: Tensor, last: Tensor) -> Tensor:
+        if weights is None and (kernels := _kernels(x)) is not None:
+            return kernels.softmax(x, rate, last)
         power = (x - x.gather(-1, last)).mul_(rate).exp_()
         return power.div_(_sums(power if weights is None else power * weights, first, last, False))
 
@@ -145,6 +180,8 @@ class _Softmax(RowFunction):
         """Of the logits, q (g - a sum_B(g q)); the sum over a block of that is 0."""
         x, rate, weights, *pair, q = ctx.saved_tensors
         blocks = Blocks(*pair)
+        if weights is None and not torch.is_grad_enabled() and (kernels := _kernels(grad)) is not None:
+            return (*kernels.softmax_back(grad, x, rate, blocks.last, q), None, None, None)
         total = block_sum(grad * q, blocks)
         inner = q * (grad - (total if weights is None else total * weights))
         rate_grad = weights_grad = None

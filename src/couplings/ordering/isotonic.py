@@ -19,6 +19,7 @@ from torch import Tensor
 
 from couplings._rowwise import RowFunction, apply
 from couplings.ordering import isotonic_compiled
+from couplings.ordering.isotonic_loops import RANGE
 
 ROUNDS = 64
 """Parallel rounds before the rows that are not finished are finished one by one; random scores need 5 to 30."""
@@ -383,10 +384,6 @@ def _solve(y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | N
     return first, last
 
 
-RANGE = 600.0
-"""Natural logarithm of what double holds beside 1, and of its inverse; some of it is left to weights."""
-
-
 def _least_squares(s: Tensor, w: Tensor, weights: Tensor | None) -> tuple[Tensor, None, Tensor]:
     """y and weights whose least-squares fit has the same partition: means of exp(s - w) weighted with exp(w)."""
     high, low = (s - s[..., -1:]), (w - w[..., -1:])
@@ -475,6 +472,15 @@ class _Pool(_Partition):
         return _partition(y, w, weights, wall)
 
 
+def _whole_rows(
+    ordered: Tensor, weights: Tensor | None, valid: Tensor | None
+) -> isotonic_compiled.Compiled | None:
+    """The compiled functions where they find the blocks of these rows in one go."""
+    if weights is not None or valid is not None or ordered.device.type != "cpu" or ordered.numel() == 0:
+        return None
+    return None if torch.compiler.is_compiling() else isotonic_compiled.compiled()
+
+
 def _climb(ordered: Tensor, rate: Tensor, widest: float) -> tuple[Tensor, Tensor]:
     """Rate times what lies below each entry, counting at most so much a gap; and before which gaps that are wider."""
     if ordered.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -504,6 +510,9 @@ class _RankBlocks(_Partition):
         n = ordered.shape[-1]
         # no block reaches across a gap wider than all targets: as wide a gap will do, and keeps numbers small
         widest = math.log(n) + 1 if entropic else float(n)
+        kernels = _whole_rows(ordered, weights, valid)
+        if kernels is not None:
+            return kernels.rank_blocks(ordered, rate, target[(0,) * (target.dim() - 1)], widest, entropic)
         s, wall = _climb(ordered, rate, widest)
         if valid is not None:
             wall |= _ends_before(~valid)
@@ -517,6 +526,9 @@ class _ValueBlocks(_Partition):
     def forward(
         ordered: Tensor, std: Tensor, inverse: Tensor, valid: Tensor | None, entropic: bool
     ) -> tuple[Tensor, Tensor]:
+        kernels = _whole_rows(ordered, None, valid)
+        if kernels is not None:
+            return kernels.value_blocks(ordered, std, inverse, entropic)
         w = (ordered - ordered[..., :1]).div_(std)
         if valid is not None:
             w.masked_fill_(~valid, 0)

@@ -1,25 +1,22 @@
 """What ``method="projection"`` compiles by numba, where that is installed (projection.md, "Compiled").
 
-The sequential pooling of ``isotonic.py``, sums over its blocks, and a sort of float32 rows (``sort_compiled.py``).
+The sequential pooling of ``isotonic.py`` and what is computed with its blocks (``isotonic_loops.py``), and a sort of
+float32 rows (``sort_compiled.py``), all shared between threads (``threads.py``).
 numba is imported at the first use. Where it is absent, or fails at anything, ``compiled`` is None from then on.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-import math
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from couplings.ordering import isotonic_loops as loops
 from couplings.ordering.sort_compiled import PASSES, SIZE, sort_rows
-
-PARALLEL = 2**15
-"""Entries from which rows are shared between as many threads as torch uses; to start one costs as much as some 10^4."""
+from couplings.ordering.threads import shared
 
 
 class Compiled(NamedTuple):
@@ -29,14 +26,31 @@ class Compiled(NamedTuple):
         pool: y or s, w, weights, wall, as in ``isotonic.py``, to the first and the last index of every block.
         block_sum: (*batch, n) float64, the last index of every block, and whether means are wanted, to the sums or
             means over blocks, at every entry.
+        rank_blocks: ordered, rate, target (n,), widest, entropic, as in ``isotonic._RankBlocks`` without weights and
+            with all entries valid, to the first and the last index of every block.
+        value_blocks: ordered, std, inverse, entropic, as in ``isotonic._ValueBlocks`` with all entries valid, likewise.
         climb: (*batch, n) and (*batch, 1) float64 and a float, as in ``isotonic._climb``.
+        centred: x, rate and the last index of every block, as in ``blocks.centred`` without weights.
+        centred_back: a cotangent, rate, the last index and what ``centred`` returned, to the gradients of x and rate.
+        softmax: like ``centred``.
+        softmax_back: a cotangent, x, rate, the last index and what ``softmax`` returned, likewise.
         sort: (*batch, n) float32 to the entries in rising order, float64, and where each came from.
+        unsort: float64 in order, and that, back to where it came from, float32.
+        resort: the reverse of ``unsort``.
     """
 
     pool: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
     block_sum: Callable[[Tensor, Tensor, bool], Tensor]
+    rank_blocks: Callable[[Tensor, Tensor, Tensor, float, bool], tuple[Tensor, Tensor]]
+    value_blocks: Callable[[Tensor, Tensor, Tensor, bool], tuple[Tensor, Tensor]]
     climb: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    centred: Callable[[Tensor, Tensor, Tensor], Tensor]
+    centred_back: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    softmax: Callable[[Tensor, Tensor, Tensor], Tensor]
+    softmax_back: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     sort: Callable[[Tensor], tuple[Tensor, Tensor]]
+    unsort: Callable[[Tensor, Tensor], Tensor]
+    resort: Callable[[Tensor, Tensor], Tensor]
 
 
 def compiled() -> Compiled | None:
@@ -64,27 +78,41 @@ def _attempt() -> tuple[Compiled | None, str]:
             jit = numba.njit(signature, cache=True, nogil=True, error_model="numpy")
             return jit(function)  # type: ignore[no-any-return]
 
-        pool = build(_pool_rows, real, real, real, flag, index, index, "int64[::1]", real)
-        sums = build(_sum_blocks, real, index, "boolean", real)
-        climb = build(_climb_rows, real, real, "float64", real, flag)
+        memory = "int64[::1]", real
+        pool = loops.pool_row = build(loops.pool_rows, real, real, real, flag, index, index, *memory)
+        sums = build(loops.sum_blocks, real, index, "boolean", real)
+        climb = loops.climb_row = build(loops.climb_rows, real, real, "float64", real, flag)
+        loops.fit_row = build(loops.fit_rows, real, real, flag, "boolean", index, index, *memory, real)
+        ranks = build(
+            loops.rank_rows, real, real, real, "float64", "boolean", index, index, *memory, real, flag
+        )
+        values = build(loops.value_rows, real, real, real, "boolean", index, index, *memory, real, flag)
+        centred = build(loops.centred_rows, real, real, index, real)
+        centred_back = build(loops.centred_back_rows, real, real, index, real, real, real)
+        softmax = build(loops.softmax_rows, real, real, index, real)
+        softmax_back = build(loops.softmax_back_rows, real, real, real, index, real, real, real)
         sort = build(
             sort_rows,
             *("int32[:, ::1]", "float32[:, ::1]", index, real),
             *(index, "uint32[:, ::1]", "int32[:, ::1]"),
         )
+        unsort = build(loops.unsort_rows, real, index, "float32[:, ::1]")
+        resort = build(loops.resort_rows, "float32[:, ::1]", index, real)
         found = Compiled(
             functools.partial(_pool, pool),
             functools.partial(_sum, sums),
+            functools.partial(_rank_blocks, ranks),
+            functools.partial(_value_blocks, values),
             functools.partial(_climb, climb),
+            functools.partial(_centred, centred),
+            functools.partial(_centred_back, centred_back),
+            functools.partial(_centred, softmax),
+            functools.partial(_softmax_back, softmax_back),
             functools.partial(_sort, sort),
+            functools.partial(_move, unsort, torch.float64, torch.float32),
+            functools.partial(_move, resort, torch.float32, torch.float64),
         )
-        trial = torch.tensor([[1.0, -2.0]], device="cpu")
-        ordered, order = found.sort(trial)
-        first, last = found.pool(trial.double(), None, None, None)
-        total = found.block_sum(ordered, last, False)
-        s, wall = found.climb(ordered, torch.ones_like(total[:, :1]), 2.0)
-        results = [t.tolist() for t in (ordered, order, first, last, total, s, wall)]
-        if results != [[[-2, 1]], [[1, 0]], [[0, 0]], [[1, 1]], [[-1, -1]], [[0, 2]], [[True, False]]]:
+        if not _works(found):
             return None, f"plain torch (numba {numba.__version__} computes something else)"
         return found, f"compiled by numba {numba.__version__}"
     except ModuleNotFoundError as error:
@@ -94,6 +122,32 @@ def _attempt() -> tuple[Compiled | None, str]:
     except Exception as error:  # noqa: BLE001 - whatever a broken numba raises, there is another way
         text = str(error).strip().partition("\n")[0]
         return None, f"plain torch (numba does not work here: {type(error).__name__}: {text})"
+
+
+def _works(found: Compiled) -> bool:
+    """Whether each does on one row what it should."""
+    trial = torch.tensor([[1.0, -2.0]], device="cpu")
+    ordered, order = found.sort(trial)
+    first, last = found.pool(trial.double(), None, None, None)
+    total = found.block_sum(ordered, last, False)
+    one = torch.ones_like(total[:, :1])
+    offset = found.centred(ordered, one, last)
+    outcomes = [
+        ((ordered, order), ([-2, 1], [1, 0])),
+        ((first, last), ([0, 0], [1, 1])),
+        ((total, offset), ([-1, -1], [-1.5, 1.5])),
+        (found.climb(ordered, one, 2.0), ([0, 2], [True, False])),
+        (found.centred_back(ordered, one, last, offset), ([-1.5, 1.5], [4.5])),
+        (found.rank_blocks(ordered, one, offset[0], 2.0, False), ([0, 1], [0, 1])),
+        (found.value_blocks(ordered, one, one, True), ([0, 0], [1, 1])),
+        (found.softmax_back(one - 1, one, one, last[:, :1] - 1, one), ([0], [0])),
+        ((found.unsort(ordered, order), found.resort(trial, order)), ([1, -2], [-2, 1])),
+    ]
+    return all(
+        column.tolist() == [row]
+        for columns, rows in outcomes
+        for column, row in zip(columns, rows, strict=True)
+    )
 
 
 def _rows(column: Tensor | None, n: int, dtype: torch.dtype) -> Any:
@@ -107,29 +161,6 @@ def _new(*shape: int, dtype: torch.dtype = torch.float64) -> Any:
     return torch.empty(shape, dtype=dtype, device="cpu").numpy()
 
 
-def _shared(work: Callable[[slice], None], rows: int, n: int) -> None:
-    """``work`` on all rows, in as many parts as torch has threads; no thread outlives the call, or a fork."""
-    parts = min(rows, torch.get_num_threads()) if rows * n >= PARALLEL else 1
-    bounds = [rows * part // parts for part in range(parts + 1)]
-    own, *others = (slice(low, high) for low, high in itertools.pairwise(bounds))
-    failed: list[BaseException] = []
-
-    def guarded(part: slice) -> None:
-        try:
-            work(part)
-        except BaseException as error:  # noqa: BLE001 - raised below, where somebody can see it
-            failed.append(error)
-
-    threads = [threading.Thread(target=guarded, args=(part,)) for part in others]
-    for thread in threads:
-        thread.start()
-    guarded(own)
-    for thread in threads:
-        thread.join()
-    if failed:
-        raise failed[0]
-
-
 def _pool(
     kernel: Callable[..., None], y: Tensor, w: Tensor | None, weights: Tensor | None, wall: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -139,11 +170,100 @@ def _pool(
     last = torch.empty_like(first)
     columns += [_rows(first, n, torch.int64), _rows(last, n, torch.int64)]
 
-    def work(part: slice) -> None:
-        kernel(*(column[part] for column in columns), _new(n, dtype=torch.int64), _new(3, n))
+    def prepare(part: slice) -> Callable[[], None]:
+        return functools.partial(kernel, *(column[part] for column in columns), *_memory(n))
 
-    _shared(work, len(columns[0]), n)
+    shared(prepare, len(columns[0]), n)
     return first, last
+
+
+def _share(kernel: Callable[..., None], n: int, *columns: Any) -> None:
+    """The kernel on rows of all columns."""
+    shared(lambda part: functools.partial(kernel, *(column[part] for column in columns)), len(columns[0]), n)
+
+
+def _memory(n: int) -> tuple[Any, Any]:
+    """What ``loops.pool_rows`` works in."""
+    return _new(n, dtype=torch.int64), _new(3, n)
+
+
+def _rank_blocks(
+    kernel: Callable[..., None], ordered: Tensor, rate: Tensor, target: Tensor, widest: float, entropic: bool
+) -> tuple[Tensor, Tensor]:
+    n = ordered.shape[-1]
+    ends = _rows(target, n, torch.float64)
+
+    def prepare(given: Any, rates: Any, first: Any, last: Any) -> Callable[[], None]:
+        memory = *_memory(n), _new(4, n), _new(1, n, dtype=torch.bool)
+        return functools.partial(kernel, given, rates, ends, widest, entropic, first, last, *memory)
+
+    return _fitted(prepare, ordered, rate)
+
+
+def _value_blocks(
+    kernel: Callable[..., None], ordered: Tensor, std: Tensor, inverse: Tensor, entropic: bool
+) -> tuple[Tensor, Tensor]:
+    n = ordered.shape[-1]
+
+    def prepare(given: Any, stds: Any, inverses: Any, first: Any, last: Any) -> Callable[[], None]:
+        memory = *_memory(n), _new(4, n), _new(1, n, dtype=torch.bool)
+        return functools.partial(kernel, given, stds, inverses, entropic, first, last, *memory)
+
+    return _fitted(prepare, ordered, std, inverse)
+
+
+def _fitted(
+    prepare: Callable[..., Callable[[], None]], ordered: Tensor, *factors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What ``prepare`` makes of rows of ordered, of the factors (*batch, 1), and of the results, first and last."""
+    n = ordered.shape[-1]
+    first = torch.empty(ordered.shape, dtype=torch.int64, device="cpu")
+    last = torch.empty_like(first)
+    columns = [_rows(ordered, n, torch.float64)]
+    columns += [_rows(t.expand(*ordered.shape[:-1], 1), 1, torch.float64) for t in factors]
+    columns += [_rows(first, n, torch.int64), _rows(last, n, torch.int64)]
+    shared(lambda part: prepare(*(column[part] for column in columns)), len(columns[0]), n)
+    return first, last
+
+
+def _centred(kernel: Callable[..., None], x: Tensor, rate: Tensor, last: Tensor) -> Tensor:
+    n = x.shape[-1]
+    out = torch.empty(x.shape, dtype=torch.float64, device="cpu")
+    given, found = _rows(x, n, torch.float64), _rows(out, n, torch.float64)
+    rates, ends = _rows(rate.expand(*x.shape[:-1], 1), 1, torch.float64), _rows(last, n, torch.int64)
+    _share(kernel, n, given, rates, ends, found)
+    return out
+
+
+def _centred_back(
+    kernel: Callable[..., None], grad: Tensor, rate: Tensor, last: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _back(kernel, (grad,), rate, last, out)
+
+
+def _softmax_back(
+    kernel: Callable[..., None], grad: Tensor, x: Tensor, rate: Tensor, last: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _back(kernel, (grad, x), rate, last, out)
+
+
+def _back(
+    kernel: Callable[..., None], given: tuple[Tensor, ...], rate: Tensor, last: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and rate."""
+    n = out.shape[-1]
+    x_grad = torch.empty(out.shape, dtype=torch.float64, device="cpu")
+    rate_grad = torch.empty((*out.shape[:-1], 1), dtype=torch.float64, device="cpu")
+    _share(
+        kernel,
+        n,
+        *(_rows(t, n, torch.float64) for t in given),
+        _rows(rate.expand_as(rate_grad), 1, torch.float64),
+        _rows(last, n, torch.int64),
+        *(_rows(t, n, torch.float64) for t in (out, x_grad)),
+        _rows(rate_grad, 1, torch.float64),
+    )
+    return x_grad, rate_grad
 
 
 def _sum(kernel: Callable[..., None], value: Tensor, last: Tensor, mean: bool) -> Tensor:
@@ -152,7 +272,7 @@ def _sum(kernel: Callable[..., None], value: Tensor, last: Tensor, mean: bool) -
     given, ends, found = (
         _rows(t, n, dtype) for t, dtype in ((value, torch.float64), (last, torch.int64), (out, torch.float64))
     )
-    _shared(lambda part: kernel(given[part], ends[part], mean, found[part]), len(given), n)
+    shared(lambda part: functools.partial(kernel, given[part], ends[part], mean, found[part]), len(given), n)
     return out
 
 
@@ -164,7 +284,11 @@ def _climb(
     wall = torch.empty(ordered.shape, dtype=torch.bool, device="cpu")
     given, rates = _rows(ordered, n, torch.float64), _rows(rate, 1, torch.float64)
     upto, closed = _rows(s, n, torch.float64), _rows(wall, n, torch.bool)
-    _shared(lambda part: kernel(given[part], rates[part], widest, upto[part], closed[part]), len(given), n)
+    shared(
+        lambda part: functools.partial(kernel, given[part], rates[part], widest, upto[part], closed[part]),
+        len(given),
+        n,
+    )
     return s, wall
 
 
@@ -175,107 +299,19 @@ def _sort(kernel: Callable[..., None], x: Tensor) -> tuple[Tensor, Tensor]:
     values = _rows(x, n, torch.float32)
     arrays = (values.view("int32"), values, _rows(order, n, torch.int64), _rows(ordered, n, torch.float64))
 
-    def work(part: slice) -> None:
-        index = _new(2, n, dtype=torch.int32)
+    def prepare(part: slice) -> Callable[[], None]:
+        keys, index = _new(2, n, dtype=torch.int32).view("uint32"), _new(2, n, dtype=torch.int32)
         count = _new(PASSES, SIZE, dtype=torch.int64)
-        kernel(*(array[part] for array in arrays), count, index.view("uint32"), index.copy())
+        return functools.partial(kernel, *(array[part] for array in arrays), count, keys, index)
 
-    _shared(work, len(values), n)
+    shared(prepare, len(values), n)
     return ordered, order
 
 
-def _sum_blocks(value: Any, last: Any, mean: bool, out: Any) -> None:
-    """Sums over runs of neighbours, or their means, at every entry.
-
-    Args:
-        value: (rows, n).
-        last: (rows, n), the last index of each entry's run.
-        mean: whether sums are divided by the number of entries.
-        out: (rows, n), written.
-    """
-    n = value.shape[1]
-    for row in range(len(value)):
-        begin = 0
-        while begin < n:
-            end = last[row, begin] + 1
-            total = 0.0
-            for i in range(begin, end):
-                total += value[row, i]
-            if mean:
-                total /= end - begin
-            for i in range(begin, end):
-                out[row, i] = total
-            begin = end
-
-
-def _climb_rows(ordered: Any, rate: Any, widest: float, s: Any, wall: Any) -> None:
-    """``isotonic._climb``.
-
-    Args:
-        ordered: (rows, n), rising.
-        rate: (rows, 1).
-        widest: what a gap counts at most.
-        s: (rows, n), written.
-        wall: (rows, n) bool, written.
-    """
-    n = ordered.shape[1]
-    for row in range(len(ordered)):
-        total = 0.0
-        s[row, 0] = total
-        for i in range(1, n):
-            gap = (ordered[row, i] - ordered[row, i - 1]) * rate[row, 0]
-            wide = gap >= widest
-            wall[row, i - 1] = wide
-            total += widest if wide else gap
-            s[row, i] = total
-        wall[row, n - 1] = False
-
-
-def _pool_rows(
-    s: Any, w: Any, weights: Any, wall: Any, first: Any, last: Any, start: Any, block: Any
-) -> None:
-    """One row after the other, each from left to right; the blocks so far lie on a stack and rise.
-
-    Args:
-        s: y or s, (rows, n).
-        w: (rows, n), or no rows: least squares; likewise weights and wall.
-        weights: (rows, n) or (0, n).
-        wall: (rows, n) or (0, n).
-        first: (rows, n), written.
-        last: (rows, n), written.
-        start: (n,), memory for the first indices of the blocks.
-        block: (3, n), memory for their values, numerators and denominators (``isotonic._Problem``).
-    """
-    n = s.shape[1]
-    entropic, weighted, walled = len(w) > 0, len(weights) > 0, len(wall) > 0
-    value, over, under = block[0], block[1], block[2]
-    for row in range(len(s)):
-        count = 0
-        for i in range(n):
-            begin = i
-            denominator = weights[row, i] if weighted else 1.0
-            numerator = denominator if entropic else denominator * s[row, i]
-            mean = s[row, i] - w[row, i] if entropic else s[row, i]
-            while count > 0 and value[count - 1] >= mean:
-                end = begin - 1
-                if walled and wall[row, end]:
-                    break
-                count -= 1
-                if entropic:
-                    numerator += over[count] * math.exp(s[row, end] - s[row, i])
-                    denominator += under[count] * math.exp(w[row, end] - w[row, i])
-                    mean = math.log(numerator / denominator) + (s[row, i] - w[row, i])
-                else:
-                    numerator += over[count]
-                    denominator += under[count]
-                    mean = numerator / denominator
-                begin = start[count]
-            start[count] = begin
-            value[count], over[count], under[count] = mean, numerator, denominator
-            count += 1
-        end = n - 1
-        for k in range(count - 1, -1, -1):
-            for i in range(start[k], end + 1):
-                first[row, i] = start[k]
-                last[row, i] = end
-            end = start[k] - 1
+def _move(
+    kernel: Callable[..., None], given: torch.dtype, wanted: torch.dtype, value: Tensor, order: Tensor
+) -> Tensor:
+    n = value.shape[-1]
+    out = torch.empty(value.shape, dtype=wanted, device="cpu")
+    _share(kernel, n, _rows(value, n, given), _rows(order, n, torch.int64), _rows(out, n, wanted))
+    return out

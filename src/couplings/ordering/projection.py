@@ -14,7 +14,7 @@ from torch import Tensor
 
 from couplings import _checks
 from couplings._scale import mean_std
-from couplings.ordering.blocks import block_size, block_sum, centred, softmax, sort_rows
+from couplings.ordering.blocks import block_sum, centred, softmax, sort_rows, unsort
 from couplings.ordering.isotonic import Blocks, rank_blocks, value_blocks
 from couplings.ordering.rows import Real, Rows
 
@@ -47,9 +47,12 @@ def ranks(rows: Rows, epsilon: Real, *, regularization: str = "l2") -> Tensor:
         # softmax of the block times its share of the ranks
         found = softmax(ordered, rate, weights, blocks) * _rank_sum(blocks, weights, target)
     else:
-        found = centred(ordered, rate, weights, blocks) + _rank_mean(blocks, weights, target)
-    found = _as_input(rows, found, ordered, valid)
-    return torch.zeros_like(found).scatter(-1, order, found)
+        found = centred(ordered, rate, weights, blocks)
+        if weights is None:  # the mean rank of a block
+            found = torch.add(found, (blocks.first + blocks.last).add_(2), alpha=0.5)
+        else:
+            found = found + _rank_mean(blocks, weights, target)
+    return _broken(rows, unsort(_shown(found, valid), order, rows.x.dtype), ordered, valid)
 
 
 def sorted_values(rows: Rows, epsilon: Real, *, regularization: str = "l2") -> Tensor:
@@ -76,7 +79,7 @@ def sorted_values(rows: Rows, epsilon: Real, *, regularization: str = "l2") -> T
         middle = (blocks.first + blocks.last).to(torch.float64).mul_(0.5)
         mean = ordered - centred(ordered, torch.ones_like(std), None, blocks)
         found = torch.addcmul(mean, place - middle, std * inverse)
-    return _as_input(rows, found, ordered, valid)
+    return _broken(rows, _shown(found, valid).to(rows.x.dtype), ordered, valid)
 
 
 def _series(blocks: Blocks, epsilon: Real) -> Tensor:
@@ -118,12 +121,15 @@ def _inverse(epsilon: Real, like: Tensor) -> Tensor:
     return torch.full_like(like, 1 / epsilon)
 
 
-def _as_input(rows: Rows, found: Tensor, ordered: Tensor, valid: Tensor | None) -> Tensor:
-    """In the dtype of the scores; 0 where not valid, NaN where the row holds anything that is not a number."""
-    found = found.to(rows.x.dtype)
+def _shown(found: Tensor, valid: Tensor | None) -> Tensor:
+    """0 where not valid."""
+    return found if valid is None else found.masked_fill(~valid, 0)
+
+
+def _broken(rows: Rows, found: Tensor, ordered: Tensor, valid: Tensor | None) -> Tensor:
+    """NaN where the row holds anything that is not a number."""
     if valid is not None:
-        broken = ~rows.x.isfinite().all(-1, keepdim=True)
-        return found.masked_fill(~valid, 0).masked_fill(broken, math.nan)
+        return found.masked_fill(~rows.x.isfinite().all(-1, keepdim=True), math.nan)
     ends = ordered.detach()[..., :: max(1, ordered.shape[-1] - 1)]  # NaN is sorted last
     return found + (0 * ends).sum(-1, keepdim=True).to(found.dtype)
 
@@ -132,14 +138,13 @@ def _rank_sum(blocks: Blocks, weights: Tensor | None, target: Tensor) -> Tensor:
     """The sum of the ranks that a block has to share."""
     if weights is not None:
         return block_sum(weights * target, blocks)
-    return block_size(blocks).mul_(_rank_mean(blocks, None, target))
+    size, ends = blocks.last - blocks.first, blocks.first + blocks.last
+    return size.add_(1).mul_(ends.add_(2)).to(torch.float64).mul_(0.5)
 
 
-def _rank_mean(blocks: Blocks, weights: Tensor | None, target: Tensor) -> Tensor:
-    """The mean of the ranks of a block."""
-    if weights is not None:
-        return block_sum(weights * target, blocks) / block_sum(weights, blocks)
-    return (blocks.first + blocks.last).to(torch.float64).mul_(0.5).add_(1)
+def _rank_mean(blocks: Blocks, weights: Tensor, target: Tensor) -> Tensor:
+    """The weighted mean of the ranks of a block."""
+    return block_sum(weights * target, blocks) / block_sum(weights, blocks)
 
 
 def _shares(rows: Rows, weights: Tensor, order: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from couplings import _checks
 from couplings._rowwise import seen
 
-_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 """Relative difference of two masses that is rounding and not a mistake."""
 
 
@@ -60,10 +60,9 @@ def wasserstein_1d(
         _checks.reject(
             "y", f"batch dimensions that go with {tuple(x.shape[:-1])}", tuple(y.shape), "Reshape y."
         )
-    work = torch.float64 if x.dtype == torch.float64 else torch.float32
     places, upto = zip(*(_sorted(*given, batch, x) for given in (("a", x, a), ("b", y, b))), strict=True)
     total_a, total_b = (mass[..., -1:] for mass in upto)
-    rounding = _ROUNDING[work] * total_a.detach().abs()
+    rounding = _ROUNDING[x.dtype] * total_a.detach().abs()
     differ = (total_a - total_b).detach().abs() > rounding
     if seen(differ):
         _checks.reject("b", "the same sum as that of a", "sums that differ", "Normalise both to sum 1.")

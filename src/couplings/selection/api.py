@@ -99,7 +99,7 @@ def soft_topk_mask(
     batch = (*x.shape[:dim], *x.shape[dim + 1 :])
     count = _check_k(k, x.shape[dim], batch, x)
     if weights is not None:
-        weights = _check_weights(weights, x)
+        weights = _check_weights(weights, x, mask)
     if method in ("softmax", "gumbel", "neuralsort"):
         if weights is not None or not isinstance(k, int):
             _checks.reject(
@@ -195,7 +195,12 @@ def soft_topk(
             TypeError,
         )
     if not 1 <= k <= x.shape[dim]:
-        _checks.reject("k", f"an int in [1, {x.shape[dim]}], the size of dim {dim}", k, "Lower k.")
+        _checks.reject(
+            "k",
+            f"an int in [1, {x.shape[dim]}], the size of dim {dim}",
+            k,
+            "Raise k." if k < 1 else "Lower k.",
+        )
     with full_precision(x):
         if mask is not None:
             mask = mask.expand(x.shape)
@@ -303,7 +308,13 @@ def _check_common(
             )
     elif epsilon is not None:
         if isinstance(epsilon, bool) or not isinstance(epsilon, (int, float)):
-            _checks.reject("epsilon", "a float, a tensor or None", _checks.describe(epsilon), "", TypeError)
+            _checks.reject(
+                "epsilon",
+                "a float, a tensor or None",
+                _checks.describe(epsilon),
+                "Pass float(epsilon).",
+                TypeError,
+            )
         if not 0 <= epsilon < math.inf:
             _checks.reject("epsilon", "a finite number >= 0", epsilon, "0 is the exact discrete answer.")
     if mask is not None:
@@ -326,18 +337,19 @@ def _check_k(k: int | float | Tensor, n: int, batch: tuple[int, ...], x: Tensor)
     if isinstance(k, bool) or not isinstance(k, (int, float)):
         _checks.reject("k", "an int, a float or a tensor", _checks.describe(k), "Pass an int.", TypeError)
     if not 0 <= k <= n:
-        _checks.reject("k", f"a number in [0, {n}], the size of dim", k, "Lower k, or mask fewer entries.")
+        _checks.reject("k", f"a number in [0, {n}], the size of dim", k, "Raise k." if k < 0 else "Lower k.")
     if isinstance(k, int):
         return k
     return torch.full((*batch, 1), k, dtype=torch.float64, device=x.device)
 
 
-def _check_weights(weights: Tensor, x: Tensor) -> Tensor:
+def _check_weights(weights: Tensor, x: Tensor, mask: Tensor | None) -> Tensor:
     _checks.real_tensor("weights", weights)
     _checks.same_dtype("weights", weights, x)
     _checks.same_device("weights", weights, x)
     _checks.broadcastable("weights", weights, x.shape, "the shape of x")
-    if seen(~((weights >= 0) & (weights < math.inf))):
+    bad = ~((weights >= 0) & (weights < math.inf))
+    if seen(bad if mask is None else bad & mask):
         _checks.reject("weights", "finite values >= 0", "some that are not", "Clamp or mask them.")
     return weights.expand(x.shape)
 

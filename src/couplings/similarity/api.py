@@ -212,7 +212,7 @@ def _padded(
         )
     with full_precision(queries):
         if options.normalize:
-            queries, documents = _unit(queries), _unit(documents)
+            queries, documents = _unit(queries, query_mask), _unit(documents, document_mask)
         queries = queries.expand(*batch, *queries.shape[-3:])
         documents = documents.expand(*batch, *documents.shape[-3:])
         if query_mask is not None:
@@ -262,9 +262,11 @@ def _core(
     return scores, None if void is None else void.expand(scores.shape)
 
 
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length 1 in the working dtype, and 0 for a row of zeros, whose gradient is 0."""
+def _unit(x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Rows of length 1 in the working dtype, and 0 for a row of zeros, whose gradient is 0, and for a masked one."""
     x = x.to(working(x.dtype))
+    if mask is not None:
+        x = torch.where(mask.unsqueeze(-1), x, 0)
     if x.shape[-1] == 0:
         return x
     size = x.detach().abs().amax(-1, keepdim=True)  # squares of what is left neither overflow nor vanish

@@ -138,8 +138,8 @@ def groups(ragged: Ragged) -> list[list[int]]:
 def pad(ragged: Ragged, members: list[int]) -> Padded:
     """These sets, padded to the longest of them."""
     device = ragged.values.device
-    lengths = torch.tensor([ragged.lengths[one] for one in members], device=device)
-    begins = torch.tensor([ragged.begins[one] for one in members], device=device)
+    lengths = torch.tensor([ragged.lengths[one] for one in members], dtype=torch.int64, device=device)
+    begins = torch.tensor([ragged.begins[one] for one in members], dtype=torch.int64, device=device)
     longest = max([ragged.lengths[one] for one in members] or [0])
     step = torch.arange(longest, device=device)
     mask = step < lengths.unsqueeze(-1)

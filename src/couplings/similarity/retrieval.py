@@ -68,7 +68,7 @@ def maxsim_topk(
         progress: called after each block with the number of documents scored and their total (None if unknown).
 
     Returns:
-        values and indices, both (Nq, k), best first: float32 scores (float64 for float64), int64 indices. Equal scores
+        values and indices, both (Nq, k), best first; float32 scores (float64 for float64), int64 indices. Equal scores
         keep the order of the documents; NaN comes first, as in ``torch.sort``, so that it is noticed.
 
     Raises:

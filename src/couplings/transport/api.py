@@ -235,8 +235,9 @@ def prepare(
     epsilon: float | Tensor,
     row_mask: Tensor | None,
     column_mask: Tensor | None,
+    given: torch.dtype | None = None,
 ) -> _Problem:
-    """Masks, defaults, mass 1, and the checks that need values."""
+    """Masks, defaults, mass 1, and the checks that need values. ``given``: the dtype that masses were rounded to."""
     batch, n, m = cost.shape[:-2], cost.shape[-2], cost.shape[-1]
     rows = _mask(row_mask, (*batch, n), cost)
     columns = _mask(column_mask, (*batch, m), cost)
@@ -258,7 +259,7 @@ def prepare(
     nonfinite = nonfinite | ~given_a.isfinite().all(-1) | ~given_b.isfinite().all(-1) | ~eps.isfinite()
     negative_a, negative_b = (given_a < 0).any(-1), (given_b < 0).any(-1)
     mass, mass_b = given_a.sum(-1), given_b.sum(-1)
-    differ = (mass - mass_b).abs() > MASS_ROUNDING[cost.dtype] * torch.maximum(mass, mass_b)
+    differ = (mass - mass_b).abs() > MASS_ROUNDING[given or cost.dtype] * torch.maximum(mass, mass_b)
     _check_values(negative_a, negative_b, differ & ~nonfinite, ~nonfinite & (eps <= 0), mass, mass_b, eps)
     nonfinite = nonfinite | (eps <= 0)
     infeasible = negative_a | negative_b | differ
@@ -384,24 +385,14 @@ def _fixed_sweeps(
     problem: _Problem, iterations: int, bar: float, work: torch.dtype, dtype: torch.dtype
 ) -> Coupling:
     """Exactly ``iterations`` Sinkhorn sweeps, rows first, with the gradient of the unrolled sweeps."""
-    # one layout, so that the masks of a neighbour cannot change the order of summation
-    cost, p, q, epsilon = problem.cost.contiguous().mT, problem.q, problem.p, problem.epsilon
-    every = torch.is_grad_enabled() and any(t.requires_grad for t in (cost, p, q, epsilon))
-    hs, es = apply(Sweeps, cost, p, q, epsilon, iterations, work == torch.float32, every)
-    h, e = hs[..., -1, :], es[..., -1, :]
-    poison = problem.poison
-
-    def evaluate(logarithm: bool) -> Tensor:
-        left = torch.where(p > 0, h + masked_log(problem.mass)[..., None], -torch.inf) + poison[..., None]
-        right = torch.where(q > 0, e, -torch.inf)
-        out: Tensor = apply(Gibbs, cost, left, right, epsilon, work, logarithm)
-        return out.mT
+    cost, h, e = _sweep(problem, iterations, work)
+    p, q, epsilon, poison = problem.q, problem.p, problem.epsilon, problem.poison
 
     def plan() -> Tensor:
-        return evaluate(logarithm=False)
+        return _after_sweeps(problem, cost, h, e, work, logarithm=False)
 
     def log_plan() -> Tensor:
-        return evaluate(logarithm=True)
+        return _after_sweeps(problem, cost, h, e, work, logarithm=True)
 
     def value() -> Tensor:
         idle = (p == 0)[..., :, None] | (q == 0)[..., None, :] | (cost == torch.inf)
@@ -417,6 +408,42 @@ def _fixed_sweeps(
 
     steps = torch.full_like(problem.mass, iterations, dtype=torch.int64)
     return certify(problem, log_plan, plan, value, potentials, steps, iterations, bar, work, dtype)
+
+
+def _sweep(problem: _Problem, iterations: int, work: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The cost, columns first, and the potentials of columns and rows in logits after so many sweeps."""
+    # one layout, so that the masks of a neighbour cannot change the order of summation
+    cost, p, q, epsilon = problem.cost.contiguous().mT, problem.q, problem.p, problem.epsilon
+    every = torch.is_grad_enabled() and any(t.requires_grad for t in (cost, p, q, epsilon))
+    hs, es = apply(Sweeps, cost, p, q, epsilon, iterations, work == torch.float32, every)
+    return cost, hs[..., -1, :], es[..., -1, :]
+
+
+def _after_sweeps(
+    problem: _Problem, cost: Tensor, h: Tensor, e: Tensor, work: torch.dtype, *, logarithm: bool
+) -> Tensor:
+    """The plan, or its logarithm."""
+    mass = masked_log(problem.mass)[..., None]
+    left = torch.where(problem.q > 0, h + mass, -torch.inf) + problem.poison[..., None]
+    right = torch.where(problem.p > 0, e, -torch.inf)
+    out: Tensor = apply(Gibbs, cost, left, right, problem.epsilon, work, logarithm)
+    return out.mT
+
+
+def log_plan_after(cost: Tensor, a: Tensor, b: Tensor, iterations: int) -> Tensor:
+    """``log P`` after so many sweeps at epsilon = 1, without the certificate that nobody asked for.
+
+    Args:
+        cost: ``(*batch, n, m)`` float64 or float32.
+        a: Row masses ``(*batch, n)``.
+        b: Column masses ``(*batch, m)``.
+        iterations: Sweeps, rows first, differentiated as unrolled.
+
+    Returns:
+        ``(*batch, n, m)``.
+    """
+    problem = prepare(cost, a, b, 1.0, None, None)
+    return _after_sweeps(problem, *_sweep(problem, iterations, cost.dtype), cost.dtype, logarithm=True)
 
 
 def certify(

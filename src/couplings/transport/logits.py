@@ -47,6 +47,15 @@ def logits(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dtype: torc
     return out
 
 
+def log_sum(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """``logsumexp(left_j + right_l + slope C_jl)`` along ``dim``, with exponentials in ``dtype``; the rest float64."""
+    raw = logits(cost, left, right, slope, torch.float64)
+    top = raw.amax(dim, keepdim=True)
+    top = torch.where(top == -torch.inf, 0.0, top)
+    sums = raw.sub_(top).to(dtype).exp_().sum(dim, dtype=torch.float64)
+    return sums.log() + top.squeeze(dim)
+
+
 def kernel(
     cost: Tensor, shift: Tensor, guess: Tensor, slope: Tensor, dtype: torch.dtype, floor: float
 ) -> tuple[Tensor, Tensor]:

@@ -368,15 +368,15 @@ def _log_sum(z: Tensor, weight: Tensor, dim: int) -> Tensor:
 
 
 class OrderCertificate(NamedTuple):
-    """What is known of an ordering's plan, one number a row.
+    r"""What is known of an ordering's plan, one number a row.
 
     Attributes:
-        residual: (*batch,) estimated L1 error of both marginals: exact marginals at a sample of entries and targets,
+        residual: (\*batch,) estimated L1 error of both marginals: exact marginals at a sample of entries and targets,
             under the potentials interpolated to all entries and targets.
-        balance: (*batch,) weighted mean error of the targets' log marginals between nodes, where Newton stopped.
-        unresolved: (*batch,) the most that a box of nodes leaves of a density, times its mass.
-        steps: (*batch,) Newton steps.
-        nodes: (*batch,) nodes of the entries plus nodes of the targets.
+        balance: (\*batch,) weighted mean error of the targets' log marginals between nodes, where Newton stopped.
+        unresolved: (\*batch,) the most that a box of nodes leaves of a density, times its mass.
+        steps: (\*batch,) Newton steps.
+        nodes: (\*batch,) nodes of the entries plus nodes of the targets.
     """
 
     residual: Tensor

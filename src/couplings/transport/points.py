@@ -81,6 +81,7 @@ def solve_points(
         epsilon,
         mask,
         None,
+        dtype,
     )
     epsilons = problem.epsilon.to(work).unsqueeze(-1)
     upto = problem.q.cumsum(-1)[..., :-1]

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from couplings._rowwise import RowFunction
 from couplings.transport._progress import all_true, any_true
-from couplings.transport.logits import LOG2E, logits
+from couplings.transport.logits import LOG2E, log_sum, logits
 from couplings.transport.newton_cg import times
+from couplings.transport.sinkhorn_large import Large
 
 BLOCK = 8  # sweeps between two looks at the scalings at first, and of one kernel in the gradient
 LONGEST = 32  # sweeps between two looks later on: as many as there were before, up to this
 ALONE = 2**14  # entries from which the items of a batch are swept one after the other on a CPU
+WIDE = 100.0  # range of logits up to which float32 sweeps are as exact as a float32 logarithm of the plan
 SINGLE = 8  # the first sweeps move far: their gradient uses one kernel each
 
 
@@ -95,11 +97,7 @@ class Absorbed:
 
     def log_sum(self, h: Tensor, e: Tensor, dim: int) -> Tensor:
         """``logsumexp(h + e - x)`` along ``dim``."""
-        raw = logits(self.cost, h, e, self.slope, self.p.dtype)
-        top = raw.amax(dim, keepdim=True)
-        top = torch.where(top == -torch.inf, 0.0, top)
-        sums = raw.sub_(top).to(self.dtype).exp_().sum(dim, dtype=self.p.dtype)
-        return sums.log() + top.squeeze(dim)
+        return log_sum(self.cost, h, e, self.slope, dim, self.dtype)
 
     def rebase(self, h: Tensor, e: Tensor, moved: Tensor) -> None:
         """Absorb the kernel of the ``moved`` items at ``(h, e)``."""
@@ -300,37 +298,58 @@ def _run_sweeps(
     batch = cost.shape[:-2]
     short, long = cost.shape[-2:]
     cost, p, q = cost.reshape(-1, short, long), p.reshape(-1, short), q.reshape(-1, long)
-    epsilon, count = epsilon.reshape(-1), batch.numel()
-    # on a CPU one large kernel at a time stays in cache
-    size = 1 if cost.device.type == "cpu" and short * long >= ALONE else count
-    parts = []
-    for start in range(0, count, max(1, size)):
-        part = slice(start, start + size)
-        parts.append(_run_chunk(cost[part], p[part], q[part], epsilon[part], iterations, low, every))
+    epsilon = epsilon.reshape(-1)
+    with torch.autocast(cost.device.type, enabled=False):  # it would run the mat-vecs in half precision
+        if cost.device.type == "cpu" and short * long >= ALONE:
+            h, e = _run_large(cost, p, q, epsilon, iterations, low, every)
+        else:
+            h, e = _run_batch(cost, p, q, epsilon, iterations, every)
+    h, e = torch.where(p[:, None] > 0, h, 0.0), torch.where(q[:, None] > 0, e, 0.0)
     kept = iterations if every else 1
-    if not parts:
-        return p.new_empty(*batch, kept, short), q.new_empty(*batch, kept, long)
-    h, e = (torch.cat(part) for part in zip(*parts, strict=True))
     return h.reshape(*batch, kept, short), e.reshape(*batch, kept, long)
 
 
-def _run_chunk(
+def _run_large(
     cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, iterations: int, low: bool, every: bool
 ) -> tuple[Tensor, Tensor]:
-    with torch.autocast(cost.device.type, enabled=False):  # it would run the mat-vecs in half precision
-        state = Absorbed(cost, p, q, 1 / epsilon, torch.float32 if low else torch.float64)
-        kept = [state.first]
-        done = 1
-        while done < iterations:
-            count = min(max(BLOCK, min(done - 1, LONGEST)), iterations - done)
-            kept.append(state.sweep(count, every))
-            done += count
+    """One after the other, so that a kernel stays in cache."""
+    kept = iterations if every else 1
+    hs, es = p.new_empty(len(p), kept, p.shape[-1]), q.new_empty(len(q), kept, q.shape[-1])
+    solvers: dict[torch.dtype, Large] = {}
+    for x, rows, columns, rate, h, e in zip(cost.mT, q, p, 1 / epsilon, hs, es, strict=True):
+        # where the logarithm of a plan in float32 is rounded by 1e-5, its sweeps must not add to that
+        dtype = torch.float32 if low and _range(x) * rate <= WIDE else torch.float64
+        if dtype not in solvers:
+            solvers[dtype] = Large(x.shape[0], x.shape[1], dtype)
+        solvers[dtype].load(x, rows, columns, rate)
+        h[:], e[:] = solvers[dtype].run(iterations, every)
+    return hs, es
+
+
+def _range(cost: Tensor) -> Tensor:
+    """Of the costs that are finite."""
+    high = cost.amax()
+    if high == torch.inf:
+        high = cost.masked_fill(cost == torch.inf, -torch.inf).amax()
+    return (high - cost.amin()).double()
+
+
+def _run_batch(
+    cost: Tensor, p: Tensor, q: Tensor, epsilon: Tensor, iterations: int, every: bool
+) -> tuple[Tensor, Tensor]:
+    """Small problems together; on an accelerator all of them."""
+    state = Absorbed(cost, p, q, 1 / epsilon, torch.float64)
+    kept = [state.first]
+    done = 1
+    while done < iterations:
+        count = min(max(BLOCK, min(done - 1, LONGEST)), iterations - done)
+        kept.append(state.sweep(count, every))
+        done += count
     if every:
         h, e = (torch.cat([first[None], *rest]) for first, *rest in zip(*kept, strict=True))
     else:
         h, e = (t[None] for t in state.potentials())
-    h = torch.where(state.some_p[:, None, :], h.movedim(0, 1), 0.0)
-    return h, torch.where(state.some_q[:, None, :], e.movedim(0, 1), 0.0)
+    return h.movedim(0, 1), e.movedim(0, 1)
 
 
 _opaque_sweeps = torch.library.custom_op("couplings::sinkhorn_sweeps", _run_sweeps, mutates_args=())

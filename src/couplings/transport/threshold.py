@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from couplings._rowwise import RowFunction, apply, by_rows
+from couplings._rowwise import RowFunction, apply, by_rows, seen
 from couplings._scale import mean_std
 
 STEPS = 12
@@ -154,8 +154,13 @@ def _solve(
     # a row with nothing below the cut takes all, one with nothing above it takes none
     taken = torch.ones_like(x, dtype=torch.bool) if mask is None else mask
     every = fills & ~none
-    plan = torch.where(every, torch.ones_like(plan), plan)
-    plan = torch.where(none, torch.zeros_like(plan), plan).masked_fill_(~taken, 0)
+    if seen(every | none) is not False:
+        link = 0 * x.amax(
+            -1, keepdim=True
+        )  # such a row does not look at its scores: NaN among them must show
+        plan = torch.where(every, 1 + link, plan)
+        plan = torch.where(none, link, plan)
+    plan = plan.masked_fill_(~taken, 0)
     return plan, variance.masked_fill_(every | none | ~taken, 0)
 
 
