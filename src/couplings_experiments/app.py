@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import subprocess
 import sys
 from enum import Enum
@@ -13,12 +14,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import couplings_experiments.environment as environment
 import couplings_experiments.run as runs
 from couplings_experiments.data import DATASETS
-from couplings_experiments.errors import UserError
-from couplings_experiments.experiment import PRESETS, Request, discover, select
+from couplings_experiments.doctor import main as diagnose
+from couplings_experiments.errors import UserError, explained
+from couplings_experiments.experiment import PRESETS, Experiment, Request, discover, select
+from couplings_experiments.files import make_directory
+from couplings_experiments.processes import LOST, Lost, complain, joined
 from couplings_experiments.progress import Screen
+from couplings_experiments.report.compare import compare, write_comparison
 from couplings_experiments.report.page import write_report
 
 app = typer.Typer(
@@ -53,7 +57,7 @@ def reproduce(
     out: Annotated[Path, typer.Option(help="Directory of the report, and of an unfinished run.")] = _OUT,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run in --out.")] = False,
 ) -> None:
-    """Train on real data through the operators and write index.html and results.json."""
+    """Run the experiments on real data and write the report; under torchrun on several processes."""
     chosen = select(names or [])
     stated = {
         "experiments": tuple(experiment.name for experiment in chosen) if names else None,
@@ -76,11 +80,20 @@ def reproduce(
     given = frozenset(name for name, value in stated.items() if value is not None)
     console = Console()
     try:
-        with Screen(console) as screen:
-            page = runs.reproduce(request, out, resume=resume, progress=screen, given=given)
+        with joined(request.device) as processes:
+            console.quiet = not processes.first
+            with Screen(console) as screen:
+                page = runs.reproduce(
+                    request, out, resume=resume, progress=screen, given=given, processes=processes
+                )
+    except Lost:
+        complain(LOST)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        words = runs.command(request)
-        _complain(f"interrupted; every finished epoch is kept. Continue with: {words} --out {out} --resume")
+        words = (
+            f"couplings reproduce --out {shlex.quote(str(out))} --resume"  # the rest is stored with the run
+        )
+        complain(f"interrupted; every finished epoch is kept. Continue with: {words}")
         raise typer.Exit(130) from None
     if page is None:
         console.print(f"{out} is finished, there is nothing to resume.", highlight=False, soft_wrap=True)
@@ -90,22 +103,50 @@ def reproduce(
 
 @app.command("list")
 def list_() -> None:
-    """Show the experiments."""
+    """Show the experiments, and about how long they take on two cores."""
     table = Table(box=None, pad_edge=False)
-    for column in ("name", "what it does", "after"):
-        table.add_column(column)
+    table.add_column("name", no_wrap=True)
+    table.add_column("what it does")
+    for preset in PRESETS:
+        table.add_column(preset, justify="right", no_wrap=True)
     for experiment in discover().values():
-        name = experiment.name if experiment.by_default else f"{experiment.name} (only by name)"
-        table.add_row(name, experiment.title, experiment.source)
+        title = experiment.title if experiment.by_default else f"{experiment.title} (only by name)"
+        table.add_row(experiment.name, title, *(_about(experiment, preset) for preset in PRESETS))
     Console().print(table)
+
+
+def _about(experiment: Experiment, preset: str) -> str:
+    if preset not in experiment.minutes:
+        return "–"
+    minutes = experiment.minutes[preset]
+    return f"{minutes:.0f} min" if minutes >= 1 else f"{max(round(60 * minutes), 1)} s"
 
 
 @app.command()
 def report(
-    out: Annotated[Path, typer.Option(help="Directory that holds results.json.")] = _OUT,
+    a: Annotated[Path, typer.Argument(help="A directory with results.json.")] = _OUT,
+    b: Annotated[Path | None, typer.Argument(help="Another one, to compare with the first.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where compare.html goes; none: differences are only printed.")
+    ] = None,
 ) -> None:
-    """Draw index.html again from results.json."""
-    Console().print(f"Wrote {write_report(out)}", highlight=False, soft_wrap=True)
+    """Draw the report again from results.json, or compare two runs."""
+    console = Console()
+    if b is None:
+        if out is not None:
+            raise UserError(f"--out {out} is for comparing two runs. Say: couplings report {out}")
+        with explained(f"writing to {a}"):
+            page = write_report(a)
+        console.print(f"Wrote {page}", markup=False, highlight=False, soft_wrap=True)
+        return
+    found = compare(a, b)
+    for line in found.lines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if out is not None:
+        make_directory(out)
+        with explained(f"writing to {out}"):
+            page = write_comparison(found, out)
+        console.print(f"Wrote {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -126,7 +167,7 @@ def translate(
         with Screen(console) as screen:
             found = find(" ".join(text), language, beam, out, screen)
     except KeyboardInterrupt:
-        _complain("interrupted; every finished epoch is kept. The same command continues.")
+        complain("interrupted; every finished epoch is kept. The same command continues.")
         raise typer.Exit(130) from None
     table = Table(box=None, pad_edge=False, title=" ".join(found.source), title_justify="left")
     table.add_column(language)
@@ -150,7 +191,7 @@ def search(
     out: Annotated[Path, typer.Option(help="Directory of a report with the experiment retrieval.")] = _OUT,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many answers.")] = 5,
 ) -> None:
-    """Find a function by what it does, in the docstrings of installed packages, with the trained retriever."""
+    """Find a function by what it does, with the trained retriever."""
     from couplings_experiments.retrieval_index import search as find
 
     console = Console()
@@ -161,7 +202,10 @@ def search(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
-    """Run the benchmarks of a source checkout; all arguments go to `python -m benchmarks`."""
+    """Run the benchmarks of a checkout.
+
+    All arguments go to `python -m benchmarks`.
+    """
     checkout = Path.cwd()
     if not (checkout / "benchmarks" / "__main__.py").is_file():
         raise UserError(
@@ -174,18 +218,8 @@ def bench(context: typer.Context) -> None:
 
 @app.command()
 def doctor() -> None:
-    """Show versions, devices, threads, active kernels, and what is not installed."""
-    console = Console()
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in {**environment.describe(), "Installed in": environment.place()}.items():
-        table.add_row(name, value)
-    console.print(table)
-    for extra, missing in environment.missing_extras().items():
-        if missing:
-            line = f'{extra}: {", ".join(missing)} missing. Run: pip install "couplings[{extra}]"'
-        else:
-            line = f"{extra}: complete"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Say what is installed and active, and what would stop a run."""
+    raise typer.Exit(diagnose())
 
 
 def run(arguments: list[str]) -> int:
@@ -195,10 +229,6 @@ def run(arguments: list[str]) -> int:
     except SystemExit as end:  # how typer returns
         return end.code if isinstance(end.code, int) else 1 if end.code else 0
     except UserError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     return 0
-
-
-def _complain(line: str) -> None:
-    print(f"couplings: {line}", file=sys.stderr)

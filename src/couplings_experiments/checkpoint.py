@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from couplings_experiments.files import write_atomic
+from couplings_experiments.files import Damaged, sweep, write_atomic
 
 KEEP = 2
 
@@ -34,11 +34,8 @@ class Checkpoint:
 
 def save(directory: Path, checkpoint: Checkpoint) -> Path:
     """Write ``checkpoint`` and drop all but the last ``KEEP``."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in checkpoint.tensors.items()}
-    state = json.dumps({"epoch": checkpoint.epoch, **checkpoint.state}, allow_nan=False)
-    content = safetensors.torch.save(tensors, {"state": state, "sha256": _digest(tensors, state)})
     path = directory / f"epoch-{checkpoint.epoch:05d}.safetensors"
-    write_atomic(path, content)
+    write_tensors(path, checkpoint.tensors, {"epoch": checkpoint.epoch, **checkpoint.state})
     for old in _files(directory)[KEEP:]:
         old.unlink(missing_ok=True)
     return path
@@ -46,19 +43,57 @@ def save(directory: Path, checkpoint: Checkpoint) -> Path:
 
 def load_last(directory: Path) -> tuple[Checkpoint | None, list[Path]]:
     """The newest intact checkpoint, and the newer ones that had to be passed over because they are damaged."""
+    sweep(directory)
     damaged: list[Path] = []
     for path in _files(directory):
-        checkpoint = _read(path)
-        if checkpoint is not None:
-            return checkpoint, damaged
-        damaged.append(path)
+        try:
+            tensors, state = read_tensors(path)
+        except Damaged:
+            damaged.append(path)
+        else:
+            return Checkpoint(state.pop("epoch"), tensors, state), damaged
     return None, damaged
 
 
 def clear(directory: Path) -> None:
-    """Delete all checkpoints of ``directory``: the result they led to is stored."""
+    """Delete all checkpoints of ``directory``: they are of no use any more."""
     for path in _files(directory):
         path.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """``tensors`` and plain data with a checksum, as safetensors, atomically."""
+    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = json.dumps(state, allow_nan=False)
+    metadata = {"state": plain, "sha256": fingerprint(stored, plain)}
+    write_atomic(path, safetensors.torch.save(stored, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write_tensors` wrote to ``path``.
+
+    Raises:
+        Damaged: the file holds something else, or there is none.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        if metadata["sha256"] == fingerprint(tensors, metadata["state"]):
+            return tensors, json.loads(metadata["state"])
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+        pass  # one of these, by the place of the damage
+    raise Damaged(f"{path} does not fit its checksum")
+
+
+def fingerprint(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Changes when any tensor, or ``text``, does."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def flatten_optimiser(optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -92,25 +127,3 @@ def restore_optimiser(
 
 def _files(directory: Path) -> list[Path]:
     return sorted(directory.glob("epoch-*.safetensors"), reverse=True)
-
-
-def _read(path: Path) -> Checkpoint | None:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        if metadata["sha256"] != _digest(tensors, metadata["state"]):
-            return None
-        state = json.loads(metadata["state"])
-        return Checkpoint(state.pop("epoch"), tensors, state)
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError):
-        return None
-
-
-def _digest(tensors: Mapping[str, Tensor], state: str) -> str:
-    digest = hashlib.sha256(state.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

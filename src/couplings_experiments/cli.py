@@ -14,9 +14,19 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("couplings"):
             raise
-        sys.exit(
-            f"couplings: the command line needs {error.name}, which is not installed. "
-            'Run: pip install "couplings[experiments]"'
-        )
+        _without(error.name)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _without(missing: str | None) -> None:
+    """Where a module is missing: the doctor runs all the same, every other command says what to do."""
+    if sys.argv[1:] == ["doctor"] and missing != "torch":
+        from couplings_experiments.doctor import main as doctor
+
+        sys.exit(doctor())
+    package, remedy = ("torch", "torch") if missing == "torch" else (missing, '"couplings[experiments]"')
+    sys.exit(
+        f"couplings: the command line needs {package}, which is not installed. Run: pip install {remedy} "
+        "(couplings doctor shows what else is missing)"
+    )

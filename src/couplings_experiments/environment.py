@@ -25,6 +25,13 @@ _PACKAGES = (
     "matplotlib",
 )
 
+_LIBRARIES = {
+    "BLAS_INFO=mkl": "MKL",
+    "BLAS_INFO=accelerate": "Accelerate",
+    "BLAS_INFO=open": "OpenBLAS",
+    "USE_MKLDNN=(ON|1)": "oneDNN",
+}
+
 
 def describe() -> dict[str, str]:
     """Versions, processor, devices and kernels, as text."""
@@ -34,11 +41,32 @@ def describe() -> dict[str, str]:
         **{name: found for name in _PACKAGES if (found := version(name))},
         "System": f"{platform.system()} {platform.release()} {platform.machine()}",
         "Processor": f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "Linear algebra": linear_algebra(),
         "Threads": f"{torch.get_num_threads()} within an operation, {torch.get_num_interop_threads()} between",
         "Devices": ", ".join(devices()),
         "Kernels": kernels(),
         "Pooling": isotonic_compiled.status(),
     }
+
+
+def linear_algebra() -> str:
+    """What torch multiplies matrices with on the CPU."""
+    built = torch.__config__.show()
+    found = [name for pattern, name in _LIBRARIES.items() if re.search(pattern, built)]
+    named = re.search(r"BLAS_INFO=(\w+)", built)
+    if named and named[1] not in ("mkl", "accelerate", "open"):  # as the build calls them
+        found.append(named[1])
+    return ", ".join(found) or "not named by this build of torch"
+
+
+def memory() -> int | None:
+    """Bytes of memory that can still be had, or None where the system does not say."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            found = re.search(r"MemAvailable:\s*(\d+) kB", file.read())
+        return found and int(found[1]) * 1024
+    except OSError:
+        return None
 
 
 def devices() -> list[str]:

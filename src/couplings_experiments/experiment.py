@@ -7,6 +7,7 @@ import pkgutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,8 +15,9 @@ import torch
 
 from couplings_experiments import experiments
 from couplings_experiments.errors import UserError
-from couplings_experiments.files import make_directory, read_json, write_json
-from couplings_experiments.report.blocks import Block
+from couplings_experiments.files import Damaged, make_directory, read_json, write_json
+from couplings_experiments.processes import ALONE, Processes
+from couplings_experiments.report.blocks import Block, Headline
 
 PRESETS = ("smoke", "quick", "full")
 KEPT = "kept"  # what an experiment leaves beside the report, until the run is finished
@@ -58,20 +60,25 @@ class Progress(Protocol):
 
 @dataclass
 class Context:
-    """What a running experiment has: the request, a directory of its own, and somebody to report to."""
+    """What a running experiment has: the request, a directory of its own, somebody to report to, and who helps."""
 
     request: Request
     directory: Path
     progress: Progress
+    processes: Processes = ALONE
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
-        self.device = torch.device(self.request.device)
-        make_directory(self.directory)
+        self.device = self.processes.device(self.request.device)
+        if self.processes.first:
+            make_directory(self.directory)
 
     @property
     def kept(self) -> Path:
-        """A directory whose files stay beside the report, in a folder with the experiment's name."""
+        """A directory whose files stay beside the report, in a folder with the experiment's name.
+
+        Write each of them atomically, and so that a file of another run beside it is noticed.
+        """
         path = self.directory / KEPT
         make_directory(path)
         return path
@@ -85,17 +92,27 @@ class Context:
             compute: gets a directory for checkpoints and returns plain data.
         """
         path = self.directory / f"{name}.json"
-        done = read_json(path)
-        if isinstance(done, dict):
+        done = self.processes.share(lambda: self._done(path))
+        if done is not None:
             self.progress.advance(steps, f"{name} (done before)")
             return done
         work = self.directory / name
-        make_directory(work)
+        if self.processes.first:
+            make_directory(work)
         started = time.perf_counter()
         result = compute(work)
         result.setdefault("seconds", time.perf_counter() - started)
-        write_json(path, result)
-        return result
+        if self.processes.first:
+            write_json(path, result)
+        # as a resumed run finds it: JSON has no tuples, and no numbers for keys
+        return self.processes.share(lambda: self._done(path)) or result
+
+    def _done(self, path: Path) -> dict[str, Any] | None:
+        try:
+            return read_json(path)
+        except Damaged as error:
+            self.progress.say(f"{error}: damaged, computed again")
+            return None
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,10 @@ class Experiment:
         source: the publication it follows.
         run: does the work and returns plain data (JSON) with everything that `blocks` needs.
         blocks: turns that data into paragraphs, tables and figures; computes no new results.
+        headline: the main figure in that data, for the table of all experiments.
         by_default: whether ``couplings reproduce`` without names runs it.
+        minutes: about how long each preset takes on two cores; a preset that is not there counts as one minute.
+        distributed: whether the processes that torchrun starts share its work; otherwise rank 0 does it alone.
     """
 
     name: str
@@ -116,7 +136,10 @@ class Experiment:
     source: str
     run: Callable[[Context], dict[str, Any]]
     blocks: Callable[[dict[str, Any]], list[Block]]
+    headline: Callable[[dict[str, Any]], Headline] | None = None
     by_default: bool = True
+    minutes: Mapping[str, float] = field(default_factory=dict)
+    distributed: bool = False
 
 
 def discover() -> dict[str, Experiment]:
@@ -134,7 +157,9 @@ def select(names: list[str]) -> list[Experiment]:
     known = discover()
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UserError(f"unknown experiment {unknown[0]!r}. There are: {', '.join(known)}.")
+        close = get_close_matches(unknown[0].lower().replace("_", "-"), known, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UserError(f"unknown experiment {unknown[0]!r}.{hint} There are: {', '.join(known)}.")
     if not names:
         return [experiment for experiment in known.values() if experiment.by_default]
     return [known[name] for name in dict.fromkeys(names)]

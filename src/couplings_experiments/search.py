@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from couplings_experiments.epochs import Diverged
 from couplings_experiments.experiment import Context
+
+T = TypeVar("T")
+
+
+def tried(trials: Sequence[T], preset: str) -> Sequence[T]:
+    """All of ``trials``; the first two in the preset that only tries the code."""
+    return trials[:2] if preset == "smoke" else trials
 
 
 def score(

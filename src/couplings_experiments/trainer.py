@@ -94,7 +94,10 @@ def train(
     queries, templates = settings.queries, settings.templates
     total = len(data.train)
     if total < queries + templates:
-        raise UserError(f"{total} training images are fewer than the {queries} + {templates} of one step.")
+        raise UserError(
+            f"{total} training images are too few: one step takes {queries} queries and {templates} templates. "
+            "Choose another --dataset."
+        )
     steps = total // queries if settings.steps is None else min(settings.steps, total // queries)
     for epoch in range(len(epochs.history), settings.epochs):
         module.train()

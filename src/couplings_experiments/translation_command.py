@@ -81,7 +81,9 @@ def _read(text: str, language: str) -> tuple[tuple[str, ...], tuple[str, ...] | 
     digits = re.sub(r"[\s,_]", "", text)
     if digits.isdecimal():
         if len(digits.lstrip("0")) > DIGITS:
-            raise UserError(f"{text} is not below a billion, and larger numbers were not learned.")
+            raise UserError(
+                f"{text} is too large: expected a number below a billion, larger ones were not learned."
+            )
         return name(int(digits), SOURCE), name(int(digits), language)
     words = tuple(re.findall(r"[^\W\d_]+", text.lower()))
     if not words:

@@ -313,6 +313,11 @@ BAD = {
         ValueError,
         "log probabilities of shape",
     ),
+    "probabilities": (
+        lambda: beam_search(lambda e, s: (e.softmax(-1), s), EYE, None, start=0, beam=1, max_length=2),
+        ValueError,
+        "log_softmax",
+    ),
     "no steps": (lambda: soft_beam_search(uniform, EYE, None, start=0, beam=1), ValueError, "steps"),
     "steps beyond gold": (
         lambda: soft_beam_search(uniform, EYE, None, start=0, beam=1, gold=GOLD[:1], steps=9),

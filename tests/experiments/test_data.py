@@ -80,13 +80,44 @@ def test_idx_plain_and_gzipped(mnist):
     assert load("fashion-mnist", mnist, 0).sizes["test"] == 20
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10"])
+def test_idx_files_with_a_dot_in_their_names(mnist):
+    for file in list(mnist.glob("*ubyte*")):
+        file.rename(mnist / file.name.replace("-idx", ".idx"))
+    assert load("mnist", mnist, 0).sizes == {"train": 50, "validation": 10, "test": 20}
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "cifar10", "cifar100"])
 def test_missing_files_and_folders_are_named(name, tmp_path):
-    with pytest.raises(UserError, match="--data-dir"):
-        load(name, None, 0)
-    with pytest.raises(UserError, match="not a directory"):
-        load(name, tmp_path / "nowhere", 0)
-    with pytest.raises(UserError, match=r"train-images-idx3-ubyte|data_batch_1"):
+    (tmp_path / "file").write_text("")
+    for place, said in (
+        (None, f"--dataset {name} needs --data-dir"),
+        (tmp_path / "nowhere", f"--data-dir {tmp_path / 'nowhere'} does not exist"),
+        (tmp_path / "file", f"--data-dir {tmp_path / 'file'} is a file, not a directory"),
+    ):
+        with pytest.raises(UserError, match="format and files: https://") as caught:
+            load(name, place, 0)
+        assert str(caught.value).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "inner"),
+    [
+        ("mnist", "train-images-idx3-ubyte (or train-images-idx3-ubyte.gz)", "MNIST/raw"),
+        ("fashion-mnist", "train-images-idx3-ubyte (or train-images-idx3-ubyte.gz)", "FashionMNIST/raw"),
+        ("cifar10", "data_batch_1", "cifar-10-batches-py"),
+        ("cifar100", "train", "cifar-100-python"),
+    ],
+)
+def test_a_folder_without_the_files_says_what_was_looked_for_and_what_is_there(name, wanted, inner, tmp_path):
+    with pytest.raises(UserError, match="There is nothing") as caught:
+        load(name, tmp_path, 0)
+    said = str(caught.value)
+    assert said.startswith(f"{name}: {wanted} not found. Looked in {tmp_path}, ")
+    assert str(tmp_path / inner) in said
+    assert said.endswith("or change --data-dir.")
+    for other in ("data.tar.gz", *"bcdefg"):
+        (tmp_path / other).write_text("")
+    with pytest.raises(UserError, match=r"There is only: b, c, d, data.tar.gz, e and 2 more\. "):
         load(name, tmp_path, 0)
 
 
@@ -139,7 +170,7 @@ def test_cifar_is_read_from_its_folder(cifar):
     data = load("cifar10", cifar, 0)
     assert data.sizes == {"train": 90, "validation": 10, "test": 20}
     (cifar / "cifar-10-batches-py" / "data_batch_3").unlink()
-    with pytest.raises(UserError, match="data_batch_3 not found"):
+    with pytest.raises(UserError, match=r"data_batch_3 not found in .*, where data_batch_1 is"):
         load("cifar10", cifar, 0)
 
 

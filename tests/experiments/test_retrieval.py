@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from couplings_experiments import retrieval_index
+from couplings_experiments import checkpoint, retrieval_index
 from couplings_experiments.app import run
 from couplings_experiments.data import docstrings
 from couplings_experiments.data.docstrings import Entry, entries, part_of, split, words
@@ -424,7 +425,7 @@ def test_the_experiments_are_found():
 
 
 def test_search_finds_what_is_asked_for(finished, capsys):
-    kept = json.loads((finished / "retrieval" / "docstrings.json").read_text())
+    kept = json.loads((finished / "retrieval" / "docstrings.json").read_text())["entries"]
     answers = retrieval_index.search(finished, kept[3]["query"], 5)
     assert kept[3]["name"] in [answer.entry.name for answer in answers]
     assert [a.score for a in answers] == sorted((a.score for a in answers), reverse=True)
@@ -445,3 +446,26 @@ def test_search_says_what_is_missing(finished, tmp_path, capsys):
         (tmp_path / "retrieval" / name).write_bytes(content if name != "model.safetensors" else content[:100])
     assert run(["search", "sort", "--out", str(tmp_path)]) == 1
     assert "damaged" in one_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "docstrings.json", "words.safetensors"])
+def test_search_notices_a_flipped_bit(finished, tmp_path, capsys, name):
+    shutil.copytree(finished / "retrieval", tmp_path / "retrieval")
+    path = tmp_path / "retrieval" / name
+    content = bytearray(path.read_bytes())
+    content[2 * len(content) // 3] ^= 1
+    path.write_bytes(content)
+    assert run(["search", "sort", "--out", str(tmp_path)]) == 1
+    said = one_line(capsys.readouterr().err)
+    assert f"{path} " in said
+    assert "couplings reproduce retrieval --out" in said
+
+
+def test_search_notices_files_of_two_runs(finished, tmp_path, capsys):
+    shutil.copytree(finished / "retrieval", tmp_path / "retrieval")
+    path = tmp_path / "retrieval" / "model.safetensors"
+    weights, made = checkpoint.read_tensors(path)
+    other = {name: weight + 1 for name, weight in weights.items()}
+    checkpoint.write_tensors(path, other, {**made, "model": checkpoint.fingerprint(other)})
+    assert run(["search", "sort", "--out", str(tmp_path)]) == 1
+    assert "holds files of several runs" in one_line(capsys.readouterr().err)

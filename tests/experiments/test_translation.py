@@ -25,7 +25,7 @@ from couplings_experiments.data.numbers import (
 )
 from couplings_experiments.experiments import translation
 from couplings_experiments.progress import Screen
-from couplings_experiments.report.page import render
+from couplings_experiments.report.page import pages
 from couplings_experiments.translation_model import AdditiveAttention
 from couplings_experiments.translation_training import (
     BEAM,
@@ -312,6 +312,12 @@ def test_the_command_shows_the_beam_and_trains_once(tmp_path, capsys, monkeypatc
     first = capsys.readouterr().out
     assert "two hundred and five" in first
     assert first.count("%") == 3
+    newest = max((tmp_path / "translator-fr" / "second").glob("epoch-*"))
+    newest.write_bytes(newest.read_bytes()[:-1])
+    assert run([*arguments, "Two hundred and five"]) == 0  # its last epoch is trained again
+    mended = capsys.readouterr().out
+    assert f"{newest.name} of translate second is damaged and was passed over" in mended
+    assert first.strip() in mended
 
     def never(*_, **__):
         raise AssertionError("trained again")
@@ -377,7 +383,7 @@ def test_the_report_says_plainly_whether_it_helps(finished, idea, gains, said):
     mean = f"{sum(gains) / 3:+.1f}".replace("-", "−")
     assert f"changes by {mean}" in text
     whole = {**results(finished), "experiments": {"translation": result}}
-    assert said in render(whole)
+    assert said in pages(whole)["translation.html"]
 
 
 def test_one_seed_decides_nothing(finished):

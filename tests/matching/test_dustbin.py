@@ -472,18 +472,19 @@ def test_modules_learn_their_dustbin_and_survive_pickling():
 
 def test_mutual_matches_by_brute_force():
     log_plan = draw(4, 7, 9)
-    indices, confidence = cp.mutual_matches(log_plan, 0.9)
+    log_plan -= log_plan.amax((-2, -1), keepdim=True)
+    indices, confidence = cp.mutual_matches(log_plan, 0.3)
     for b in range(4):
         inner = log_plan[b, :-1, :-1]
         for i in range(6):
             j = int(inner[i].argmax())
-            good = int(inner[:, j].argmax()) == i and inner[i, j].exp() > 0.9
+            good = int(inner[:, j].argmax()) == i and inner[i, j].exp() > 0.3
             assert indices[b, i] == (j if good else -1)
             assert confidence[b, i] == (inner[i, j].exp() if good else 0)
 
 
 def test_mutual_matches_of_nan_ties_and_masks():
-    plan = torch.tensor([[[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]])
+    plan = torch.tensor([[[-0.5, -0.5, -3.0], [-0.5, -0.5, -3.0], [-3.0, -3.0, -3.0]]])
     assert cp.mutual_matches(plan).indices.tolist() == [[0, -1]]  # first of equals
     assert cp.mutual_matches(plan * NAN).indices.tolist() == [[-1, -1]]
     assert cp.mutual_matches(torch.full((1, 3, 3), -INF), 0.0).indices.tolist() == [[-1, -1]]
@@ -493,6 +494,12 @@ def test_mutual_matches_of_nan_ties_and_masks():
 
 SCORES = torch.zeros(2, 3, 4)
 BAD = {
+    "a plan": (
+        lambda: cp.mutual_matches(match_with_dustbin(SCORES, -9.0).plan() + 1),
+        ValueError,
+        r"log_plan\(\)",
+    ),
+    "a coupling": (lambda: cp.mutual_matches(match_with_dustbin(SCORES, 1.0)), TypeError, r"log_plan\(\)"),
     "a list": (lambda: match_with_dustbin([[1.0]], 1.0), TypeError, "scores: expected a floating-point"),
     "integers": (lambda: match_with_dustbin(torch.ones(2, 2, dtype=torch.int64), 1.0), TypeError, "scores"),
     "complex": (lambda: match_with_dustbin(SCORES + 1j, 1.0), TypeError, "scores"),

@@ -97,7 +97,7 @@ def match_with_dustbin(
                 act_on_failure(coupling, on_fail)
             return coupling
         coupling = solve(
-            -problem.scores,
+            problem.scores.neg_(),  # bordered scores are a copy
             problem.a,
             problem.b,
             epsilon=epsilon,
@@ -149,7 +149,7 @@ def log_optimal_transport(scores: Tensor, alpha: float | Tensor, iters: int | No
         rows, columns, corner = _check_metadata(scores, alpha, None, None)
         with full_precision(scores):
             problem = _bordered(scores, rows, columns, corner, None, None)
-            return log_plan_after(-problem.scores, problem.a, problem.b, iters).to(scores.dtype)
+            return log_plan_after(problem.scores.neg_(), problem.a, problem.b, iters).to(scores.dtype)
     return match_with_dustbin(scores, alpha).log_plan()
 
 

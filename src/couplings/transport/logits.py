@@ -11,7 +11,9 @@ LOG2E = 1 / math.log(2)  # exp2 takes half to a third of exp's time on a CPU
 BLOCK = 2**17  # entries in float64 at a time on a CPU: they stay in cache, and memory is not touched anew
 
 
-def logits(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dtype: torch.dtype) -> Tensor:
+def logits(
+    cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """``left_j + right_l + slope C_jl``.
 
     Args:
@@ -20,11 +22,12 @@ def logits(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dtype: torc
         right: ``(*batch, l)`` float64.
         slope: ``(*batch,)`` float64.
         dtype: Of the result.
+        out: Contiguous memory for the result, if there is some to spare: touching new memory takes as long as the rest.
 
     Returns:
-        ``(*batch, s, l)``, new memory.
+        ``(*batch, s, l)``: ``out``, or new memory.
     """
-    if not cost.is_contiguous() and cost.mT.is_contiguous():
+    if out is None and not cost.is_contiguous() and cost.mT.is_contiguous():
         return logits(cost.mT, right, left, slope, dtype).mT
     batch, (short, long) = cost.shape[:-2], cost.shape[-2:]
     if (
@@ -33,17 +36,20 @@ def logits(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dtype: torc
         or short * long <= BLOCK
         or not cost.numel()
     ):
-        out = cost.to(torch.float64, copy=True).mul_(slope[..., None, None])
-        return out.add_(left[..., :, None]).add_(right[..., None, :]).to(dtype)
-    out = torch.empty(cost.shape, dtype=dtype)
+        whole = cost.to(torch.float64, copy=True).mul_(slope[..., None, None])
+        whole.add_(left[..., :, None]).add_(right[..., None, :])
+        return whole.to(dtype) if out is None else out.copy_(whole)
+    if out is None:
+        out = torch.empty(cost.shape, dtype=dtype)
     height = max(1, BLOCK // long)
     block = torch.empty(height, long, dtype=torch.float64)
     items = (t.reshape(batch.numel(), *t.shape[len(batch) :]) for t in (out, cost, left, right, slope))
     for into, x, rows, columns, factor in zip(*items, strict=True):
         for start in range(0, short, height):
             part = slice(start, start + height)
-            piece = block[: min(height, short - start)].copy_(x[part]).mul_(factor)
-            into[part] = piece.add_(rows[part, None]).add_(columns)
+            piece = block[: min(height, short - start)].copy_(x[part])
+            torch.addcmul(columns, piece, factor, out=piece)
+            into[part] = piece.add_(rows[part, None])
     return out
 
 
@@ -57,7 +63,13 @@ def log_sum(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dim: int, 
 
 
 def kernel(
-    cost: Tensor, shift: Tensor, guess: Tensor, slope: Tensor, dtype: torch.dtype, floor: float
+    cost: Tensor,
+    shift: Tensor,
+    guess: Tensor,
+    slope: Tensor,
+    dtype: torch.dtype,
+    floor: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``softmax_j(shift_j + slope C_jl)``.
 
@@ -68,11 +80,12 @@ def kernel(
         slope: ``(*batch,)`` float64.
         dtype: Of the exponentials.
         floor: Logits below it, counted from the largest of their column, are cut off.
+        out: As in :func:`logits`.
 
     Returns:
         ``(*batch, s, l)``, and the logarithm of what the exponentials were divided by ``(*batch, l)``.
     """
-    raw = logits(cost, shift * LOG2E, guess * -LOG2E, slope * LOG2E, dtype)
+    raw = logits(cost, shift * LOG2E, guess * -LOG2E, slope * LOG2E, dtype, out)
     top = raw.amax(-2, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)  # a column without an allowed pair has no mass
     terms = raw.sub_(top).clamp_(min=floor * LOG2E).exp2_()

@@ -92,7 +92,9 @@ def read_batch(
         UserError: a pickle that asks for anything but an array of bytes, a truncated file, or another layout.
     """
     if path.stat().st_size > _LIMIT * most:
-        raise UserError(f"{path} is larger than any file of CIFAR-{classes}. Fetch it again.")
+        raise UserError(
+            f"{path} has {path.stat().st_size} bytes, more than any file of CIFAR-{classes}. Fetch it again."
+        )
     try:
         content = _Unpickler(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     # A damaged pickle may end in any of these: the format has no checksum.
@@ -110,7 +112,8 @@ def read_batch(
         RecursionError,
     ) as error:
         raise UserError(
-            f"{path} was refused: {str(error) or type(error).__name__}. Fetch it again."
+            f"{path} was refused, and nothing in it was run: expected a pickle of arrays of bytes, got "
+            f"something else ({str(error) or type(error).__name__}). Fetch it again."
         ) from None
     images, found = (
         (content.get(key.encode(), content.get(key)) if isinstance(content, dict) else None)

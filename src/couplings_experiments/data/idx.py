@@ -27,18 +27,21 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             header = file.read(4 + 4 * dimensions)
             if len(header) < 4 + 4 * dimensions or header[:4] != bytes([0, 0, 8, dimensions]):
                 raise UserError(
-                    f"{path} is not an IDX file of unsigned bytes with {dimensions} dimensions "
-                    f"(it begins with {header[:4].hex() or 'nothing'}). Fetch it again."
+                    f"{path} is not an IDX file of unsigned bytes with {dimensions} dimensions: expected it to "
+                    f"begin with 000008{dimensions:02x}, got {header[:4].hex() or 'nothing'}. Fetch it again."
                 )
             shape = struct.unpack(f">{dimensions}I", header[4:])
             size = math.prod(shape)
             if size > _LIMIT:
                 raise UserError(
-                    f"{path} claims {size} bytes of data, more than any set known here. Fetch it again."
+                    f"{path} is damaged: its header states {size} bytes of data, more than any set known here "
+                    "has. Fetch it again."
                 )
             content = file.read(size + 1)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path} is truncated or not gzip ({error}). Fetch it again.") from None
+        raise UserError(
+            f"{path} is cut short, or not gzip as its name says ({error}). Fetch it again."
+        ) from None
     if len(content) != size:
         came = f"only {len(content)} bytes" if len(content) < size else "more bytes"
         raise UserError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -61,9 +62,10 @@ class Vocabulary:
         """
         unknown = [word for word in sentence if word not in self.words[len(SPECIAL) :]]
         if unknown:
-            raise UserError(
-                f"{unknown[0]!r} is in no number's name. There are: {' '.join(self.words[len(SPECIAL) :])}."
-            )
+            known = self.words[len(SPECIAL) :]
+            close = get_close_matches(unknown[0], known, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise UserError(f"{unknown[0]!r} is in no number's name.{hint} There are: {' '.join(known)}.")
         return [*(self.words.index(word) for word in sentence), END]
 
     def decode(self, tokens: Iterable[int]) -> tuple[str, ...]:

@@ -87,12 +87,14 @@ def load(name: str, data_dir: Path | None, seed: int, limit: int | None = None) 
         UserError: an unknown name, missing files, or files that are not what they should be.
     """
     if name not in DATASETS:
-        raise UserError(f"unknown data set {name!r}. There are: {', '.join(DATASETS)}.")
+        raise UserError(f"unknown data set {name!r}: expected one of {', '.join(DATASETS)}.")
     reader, scale, validation_share = DATASETS[name]
     try:
         rest, test = reader(name, data_dir)
     except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror} ({error.filename}).") from None
+        raise UserError(
+            f"{name}: {error.filename} cannot be read ({error.strerror}). Make it readable, or change --data-dir."
+        ) from None
     kept, held = _divide(rest[1], validation_share, seed)
     cut = (
         [len(kept), len(held), len(test[1])]
@@ -145,19 +147,19 @@ def _mnist(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
     places = [folder, *(folder / place for place in inner)]
     read = []
     for file, dimensions in zip(_IDX_FILES, (3, 1, 3, 1), strict=True):
-        paths = [place / (file + ending) for place in places for ending in ("", ".gz")]
-        path = next((path for path in paths if path.is_file()), None)
+        # unpacked from other archives than the original ones, the names have a dot before idx
+        names = [
+            written + ending for written in (file, file.replace("-idx", ".idx")) for ending in ("", ".gz")
+        ]
+        path = next((place / n for place in places for n in names if (place / n).is_file()), None)
         if path is None:
-            looked = ", ".join(str(place) for place in places)
-            raise UserError(
-                f"{name}: {file} (or {file}.gz) is in none of {looked}. Put it there or change --data-dir."
-            )
+            raise _absent(name, f"{file} (or {file}.gz)", places)
         read.append(read_idx(path, dimensions))
     for images, labels in ((read[0], read[1]), (read[2], read[3])):
         if len(images) != len(labels) or images.shape[1:] != (28, 28) or labels.max(initial=0) > 9:
             raise UserError(
-                f"{name}: expected 28 x 28 images with as many labels 0..9, found images {images.shape} and "
-                f"{len(labels)} labels. Fetch the files again."
+                f"{name}: expected 28 x 28 images with as many labels 0..9, got images {images.shape} and "
+                f"{len(labels)} labels up to {labels.max(initial=0)}. Fetch the files again."
             )
     train, test = ((read[i][:, None], read[i + 1].astype(np.int64)) for i in (0, 2))
     return train, test
@@ -167,15 +169,7 @@ def _cifar(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
     folder = _needed(name, data_dir)
     places = [folder, folder / "cifar-10-batches-py"]
     files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-    place = next((place for place in places if (place / files[0]).is_file()), None)
-    if place is None:
-        looked = " nor ".join(str(place) for place in places)
-        raise UserError(f"{name}: {files[0]} is neither in {looked}. Unpack the python version there.")
-    missing = [file for file in files if not (place / file).is_file()]
-    if missing:
-        raise UserError(
-            f"{name}: {', '.join(missing)} not found in {place}. Unpack the python version again."
-        )
+    place = _place(name, files, places)
     read = [read_batch(place / file) for file in files]
     train = (
         np.concatenate([images for images, _ in read[:5]]),
@@ -187,12 +181,7 @@ def _cifar(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
 def _cifar100(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
     folder = _needed(name, data_dir)
     places = [folder, folder / "cifar-100-python"]
-    place = next((place for place in places if (place / "train").is_file()), None)
-    if place is None:
-        looked = " nor ".join(str(place) for place in places)
-        raise UserError(f"{name}: train is neither in {looked}. Unpack the python version there.")
-    if not (place / "test").is_file():
-        raise UserError(f"{name}: test not found in {place}. Unpack the python version again.")
+    place = _place(name, ["train", "test"], places)
     train, test = (
         read_batch(place / file, "fine_labels", 100, most)
         for file, most in (("train", 50_000), ("test", 10_000))
@@ -203,11 +192,49 @@ def _cifar100(name: str, data_dir: Path | None) -> tuple[_Raw, _Raw]:
 def _needed(name: str, data_dir: Path | None) -> Path:
     if data_dir is None:
         raise UserError(
-            f"{name} is not shipped with anything and never downloaded: say where it is with --data-dir."
+            f"--dataset {name} needs --data-dir: the data set comes with no package and is never downloaded. "
+            f"{_REMEDIES[name]}, then say where with --data-dir."
         )
     if not data_dir.is_dir():
-        raise UserError(f"--data-dir {data_dir} is not a directory.")
+        what = "is a file, not a directory" if data_dir.exists() else "does not exist"
+        raise UserError(f"--data-dir {data_dir} {what}. {_REMEDIES[name]}, or change --data-dir.")
     return data_dir
+
+
+def _place(name: str, files: list[str], places: list[Path]) -> Path:
+    """The one of ``places`` that has all ``files``."""
+    place = next((place for place in places if (place / files[0]).is_file()), None)
+    if place is None:
+        raise _absent(name, files[0], places)
+    missing = [file for file in files if not (place / file).is_file()]
+    if missing:
+        raise UserError(
+            f"{name}: {', '.join(missing)} not found in {place}, where {files[0]} is. {_REMEDIES[name]}."
+        )
+    return place
+
+
+def _absent(name: str, wanted: str, places: list[Path]) -> UserError:
+    """Says what was looked for, where, and what is there instead: often an archive that is not unpacked."""
+    seen = sorted(path.name for place in places if place.is_dir() for path in place.iterdir())
+    more = f" and {len(seen) - _SHOWN} more" if len(seen) > _SHOWN else ""
+    there = f"There is only: {', '.join(seen[:_SHOWN])}{more}" if seen else "There is nothing"
+    return UserError(
+        f"{name}: {wanted} not found. Looked in {', '.join(map(str, places))}. {there}. "
+        f"{_REMEDIES[name]}, or change --data-dir."
+    )
+
+
+_SHOWN = 5  # names of what is found instead
+_REMEDIES = {
+    "mnist": "Put MNIST's four IDX files there, plain or .gz (format and files: https://yann.lecun.com/exdb/mnist/)",
+    "fashion-mnist": "Put Fashion-MNIST's four IDX files there, plain or .gz (format and files: "
+    "https://github.com/zalandoresearch/fashion-mnist)",
+    "cifar10": "Unpack CIFAR-10's python version there (format and files: "
+    "https://www.cs.toronto.edu/~kriz/cifar.html)",
+    "cifar100": "Unpack CIFAR-100's python version there (format and files: "
+    "https://www.cs.toronto.edu/~kriz/cifar.html)",
+}
 
 
 DATASETS: dict[str, tuple[Callable[[str, Path | None], tuple[_Raw, _Raw]], float, float]] = {

@@ -32,8 +32,9 @@ from couplings_experiments.knn_training import (
     plan_for,
     use_threads,
 )
-from couplings_experiments.report.blocks import Block, Figure, Heading, Paragraph, Table
+from couplings_experiments.report.blocks import Block, Figure, Heading, Headline, Paragraph, Table
 from couplings_experiments.report.figures import COLOURS, FAINT, drawing
+from couplings_experiments.report.words import standing
 from couplings_experiments.trainer import train
 
 LABELS = {row.key: row.label for row in ROWS}
@@ -387,10 +388,24 @@ def _settings(result: dict[str, Any]) -> list[Block]:
     ]
 
 
+def headline(result: dict[str, Any]) -> Headline:
+    """SOFT's accuracy, and whether it is more than that of k-NN with nothing learned."""
+    accuracy = result["accuracy"]
+    paper = next(row for row in ROWS if row.key == "soft")
+    return Headline(
+        f"Accuracy of k-NN trained through SOFT, {result['dataset']}, %",
+        _percent(accuracy["soft"]),
+        f"{paper.mnist} (MNIST), {paper.cifar10} (CIFAR-10)",
+        standing(accuracy["soft"], accuracy["knn"], "plain k-NN", digits=2, factor=100, unit=" points"),
+    )
+
+
 EXPERIMENT = Experiment(
     name="knn",
     title="k-nearest-neighbour classification, trained end to end",
     source="Xie et al., Differentiable Top-k with Optimal Transport, NeurIPS 2020: section 4, table 1 and figure 7",
     run=run,
     blocks=blocks,
+    headline=headline,
+    minutes={"smoke": 0.1, "quick": 0.6, "full": 10},
 )

@@ -10,7 +10,7 @@ from typing import Any
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.knn_training import ROWS, TRAINED, Choice, build, data_for, plan_for, use_threads
 from couplings_experiments.report.blocks import Block, Paragraph, Table
-from couplings_experiments.search import score
+from couplings_experiments.search import score, tried
 from couplings_experiments.trainer import train
 
 # Six trials for everyone: three learning rates with two epsilons, or six learning rates where there is no epsilon.
@@ -34,9 +34,10 @@ def run(context: Context) -> dict[str, Any]:
     plan = plan_for(request.dataset, request.preset)
     seeds = range(FIRST_SEED, FIRST_SEED + (request.seeds or 1))
     epochs = plan.optimisation.epochs
-    context.progress.expect(epochs * len(seeds) * sum(len(GRID[name]) * TRAINED[name] for name in GRID))
-    trials: dict[str, list[dict[str, Any]]] = {name: [] for name in GRID}
-    for name, choices in GRID.items():
+    grid = {name: tried(choices, request.preset) for name, choices in GRID.items()}
+    context.progress.expect(epochs * len(seeds) * sum(len(grid[name]) * TRAINED[name] for name in grid))
+    trials: dict[str, list[dict[str, Any]]] = {name: [] for name in grid}
+    for name, choices in grid.items():
         for number, choice in enumerate(choices):
             scores = [_trial(context, name, number, choice, seed) for seed in seeds]
             trials[name].append({"choice": asdict(choice), "validation": fmean(scores)})
@@ -85,11 +86,12 @@ def blocks(result: dict[str, Any]) -> list[Block]:
                     f"{100 * trial['validation']:.2f}",
                 )
             )
+    count = len(next(iter(result["trials"].values())))
     return [
         Paragraph(
-            f"Every method has six trials of {result['epochs']} epochs on {result['dataset']}. What is compared is the "
-            "accuracy on validation images, mean of the last third of the epochs; the first of equal trials is chosen. "
-            "The images that test are never used here."
+            f"Every method has {count} trials of {result['epochs']} epochs on {result['dataset']}. What is compared is "
+            "the accuracy on validation images, mean of the last third of the epochs; the first of equal trials is "
+            "chosen. The images that test are never used here."
         ),
         Table(
             caption="Validation accuracy in percent; the chosen trials are set off",

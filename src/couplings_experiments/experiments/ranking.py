@@ -21,9 +21,9 @@ from couplings_experiments.data.patients import Group, load_patients
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.fitting import Fitting, RowNetworks, best, fit
 from couplings_experiments.ranking_losses import lambdarank, listnet, ranknet, squared_error
-from couplings_experiments.report.blocks import Block, Figure, Heading, Paragraph, Table
+from couplings_experiments.report.blocks import Block, Figure, Heading, Headline, Paragraph, Table
 from couplings_experiments.report.figures import COLOURS, FAINT, drawing
-from couplings_experiments.report.words import caution, clear, join, paired, seeds_in_words, spread
+from couplings_experiments.report.words import caution, clear, join, paired, seeds_in_words, spread, standing
 
 LENGTH = 20  # patients in a list
 LISTS = 8  # lists in a step
@@ -388,6 +388,22 @@ def _settings(result: dict[str, Any]) -> list[Block]:
     ]
 
 
+def headline(result: dict[str, Any]) -> Headline:
+    """The best of the losses through soft ranks beside the best of the others."""
+    metric = f"ndcg{CUTOFF}"
+    found = {name: result["test"][name][metric] for name in METHODS}
+    mine, rival = (
+        max((name for name in METHODS if METHODS[name].soft == soft), key=lambda name: fmean(found[name]))
+        for soft in (True, False)
+    )
+    return Headline(
+        f"{METRICS[metric]} of the best loss through soft ranks, {METHODS[mine].label}",
+        spread(found[mine], 3),
+        "",
+        standing(found[mine], found[rival], f"the best of the classic losses, {METHODS[rival].label}"),
+    )
+
+
 EXPERIMENT = Experiment(
     name="ranking",
     title="Learning to rank patients by disease progression",
@@ -397,4 +413,6 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     blocks=blocks,
+    headline=headline,
+    minutes={"smoke": 0.02, "quick": 0.3, "full": 6},
 )

@@ -10,7 +10,7 @@ from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.report.blocks import Block, Paragraph, Table
 from couplings_experiments.retrieval_methods import Variant
 from couplings_experiments.retrieval_training import PLANS, VARIANTS, Plan, train
-from couplings_experiments.search import score
+from couplings_experiments.search import score, tried
 
 SEED = 100  # other first weights and another order than the seeds that are reported
 RATES = (1e-3, 3e-3, 1e-2)
@@ -32,9 +32,9 @@ def trials(name: str) -> list[Variant]:
 def run(context: Context) -> dict[str, Any]:
     """Train every trial; look at validation modules only."""
     plan = PLANS["smoke" if context.request.preset == "smoke" else "full"]
-    tried = {name: trials(name) for name in plan.variants}
+    grid = {name: tried(trials(name), context.request.preset) for name in plan.variants}
     context.progress.expect(
-        plan.training.epochs * sum(variant.weight for found in tried.values() for variant in found)
+        plan.training.epochs * sum(variant.weight for found in grid.values() for variant in found)
     )
     return {
         "epochs": plan.training.epochs,
@@ -48,7 +48,7 @@ def run(context: Context) -> dict[str, Any]:
                 }
                 for variant in found
             ]
-            for name, found in tried.items()
+            for name, found in grid.items()
         },
     }
 

@@ -13,9 +13,9 @@ import torch
 from couplings_experiments.data import Dataset
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.knn_training import use_threads
-from couplings_experiments.report.blocks import Block, Figure, Heading, Paragraph, Table
+from couplings_experiments.report.blocks import Block, Figure, Heading, Headline, Paragraph, Table
 from couplings_experiments.report.figures import COLOURS, INK, drawing
-from couplings_experiments.report.words import clear, join, paired, seeds_in_words, spread
+from couplings_experiments.report.words import clear, join, paired, seeds_in_words, spread, standing
 from couplings_experiments.sorting_methods import DIGITS, Sorter, draw_numbers, ranks_of
 from couplings_experiments.sorting_training import (
     CHOICES,
@@ -403,6 +403,18 @@ def _settings(result: dict[str, Any]) -> list[Block]:
     ]
 
 
+def headline(result: dict[str, Any]) -> Headline:
+    """Sequences of about five numbers sorted exactly, beside NeuralSort's."""
+    length = min(result["lengths"], key=lambda n: abs(n - SHOWN))
+    mine, rival = (result["exact"][name][str(length)] for name in ("transport", BASE))
+    return Headline(
+        f"Share of sequences of {length} numbers sorted exactly, {LABELS['transport'].lower()}",
+        _share(mine),
+        f"{PAPER['transport'][length][0]:.3f} (MNIST)",
+        standing(mine, rival, PAPER_LABELS[BASE].replace("D", "d", 1)),
+    )
+
+
 EXPERIMENT = Experiment(
     name="sorting",
     title="Sorting 4-digit numbers from their order alone",
@@ -410,4 +422,6 @@ EXPERIMENT = Experiment(
     "permutations",
     run=run,
     blocks=blocks,
+    headline=headline,
+    minutes={"smoke": 0.1, "quick": 0.9, "full": 27},
 )

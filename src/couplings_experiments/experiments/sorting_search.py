@@ -10,7 +10,7 @@ from typing import Any
 from couplings_experiments.experiment import Context, Experiment
 from couplings_experiments.knn_training import use_threads
 from couplings_experiments.report.blocks import Block, Paragraph, Table
-from couplings_experiments.search import score
+from couplings_experiments.search import score, tried
 from couplings_experiments.sorting_methods import Choice
 from couplings_experiments.sorting_training import (
     COST,
@@ -77,9 +77,10 @@ def run(context: Context) -> dict[str, Any]:
     """Train every trial; look at validation digits only."""
     plan = plan_for(context.request.dataset, context.request.preset)
     seeds = range(FIRST_SEED, FIRST_SEED + (context.request.seeds or SEEDS))
-    context.progress.expect(plan.epochs * len(seeds) * sum(len(GRID[name]) * COST[name] for name in GRID))
-    trials: dict[str, list[dict[str, Any]]] = {name: [] for name in GRID}
-    for name, choices in GRID.items():
+    grid = {name: tried(choices, context.request.preset) for name, choices in GRID.items()}
+    context.progress.expect(plan.epochs * len(seeds) * sum(len(grid[name]) * COST[name] for name in grid))
+    trials: dict[str, list[dict[str, Any]]] = {name: [] for name in grid}
+    for name, choices in grid.items():
         for number, choice in enumerate(choices):
             scores = [_trial(context, plan, name, number, choice, seed) for seed in seeds]
             trials[name].append({"choice": asdict(choice), "validation": fmean(scores)})
@@ -136,10 +137,10 @@ def blocks(result: dict[str, Any]) -> list[Block]:
                     f"{trial['validation']:.3f}",
                 )
             )
-    seeds = len(result["seeds"])
+    seeds, count = len(result["seeds"]), len(next(iter(result["trials"].values())))
     return [
         Paragraph(
-            f"Every method has eight trials of {result['epochs']} epochs of {result['steps']} steps on sequences of "
+            f"Every method has {count} trials of {result['epochs']} epochs of {result['steps']} steps on sequences of "
             f"{result['length']} numbers of {result['dataset']}, {seeds} seed{'s' * (seeds > 1)}. What is compared is "
             "the share of validation sequences in exactly the right order, mean of the last third of the epochs; the "
             "first of equal trials is chosen. The digits that test are never used here."

@@ -11,9 +11,9 @@ import numpy as np
 
 from couplings_experiments.data import Dataset
 from couplings_experiments.experiment import Context, Experiment
-from couplings_experiments.report.blocks import Block, Figure, Heading, Paragraph, Table
+from couplings_experiments.report.blocks import Block, Figure, Heading, Headline, Paragraph, Table
 from couplings_experiments.report.figures import COLOURS, FAINT, drawing
-from couplings_experiments.report.words import caution, clear, join, paired, seeds_in_words, spread
+from couplings_experiments.report.words import caution, clear, join, paired, seeds_in_words, spread, standing
 from couplings_experiments.topk_training import (
     METHODS,
     NETWORKS,
@@ -309,6 +309,18 @@ def _settings(result: dict[str, Any]) -> list[Block]:
     ]
 
 
+def headline(result: dict[str, Any]) -> Headline:
+    """The soft 0/1 loss beside cross-entropy where most labels are wrong."""
+    network, noise = next(iter(result["top1"])), result["noise"][-1]
+    mine, rival = (result["top1"][network][name][-1] for name in ("soft", "cross-entropy"))
+    return Headline(
+        f"Top-1 accuracy with {noise:.0%} of the training labels wrong, {_label(result, 'soft')}, %",
+        spread(mine, 2, 100),
+        "",
+        standing(mine, rival, "cross-entropy", digits=2, factor=100, unit=" points"),
+    )
+
+
 EXPERIMENT = Experiment(
     name="topk-classification",
     title="Classification with the soft 0/1 and top-k losses, under label noise",
@@ -318,4 +330,6 @@ EXPERIMENT = Experiment(
     ),
     run=run,
     blocks=blocks,
+    headline=headline,
+    minutes={"smoke": 0.02, "quick": 1.2, "full": 9},
 )

@@ -12,9 +12,9 @@ import numpy as np
 
 from couplings_experiments.data.numbers import LONGEST, Corpus, corpus
 from couplings_experiments.experiment import Context, Experiment
-from couplings_experiments.report.blocks import Block, Figure, Heading, Paragraph, Table
+from couplings_experiments.report.blocks import Block, Figure, Heading, Headline, Paragraph, Table
 from couplings_experiments.report.figures import COLOURS, FAINT, MAP, drawing
-from couplings_experiments.report.words import caution, clear, join, paired, seeds_in_words, spread
+from couplings_experiments.report.words import caution, clear, join, paired, seeds_in_words, spread, standing
 from couplings_experiments.translation_training import (
     BEAM,
     BEAM_EPSILON,
@@ -319,8 +319,7 @@ def _maps(result: dict[str, Any]) -> Figure:
             place.set_axis_off()
         for place, (name, entry) in zip(axes.flat, shown.items(), strict=False):
             weights = np.asarray(entry["weights"])
-            picture = place.imshow(weights, cmap=MAP, vmin=0, vmax=1, aspect="auto", interpolation="none")
-            picture.set_gid(f"map-{name}")  # the same picture twice would have the same identifier
+            place.imshow(weights, cmap=MAP, vmin=0, vmax=1, aspect="auto", interpolation="none")
             place.set_xticks(range(len(entry["source"])), entry["source"], rotation=90, fontsize=7)
             place.set_yticks(range(len(entry["target"])), entry["target"], fontsize=7)
             place.set_title(ROWS[name].label)
@@ -417,10 +416,25 @@ def _settings(result: dict[str, Any]) -> list[Block]:
     ]
 
 
+def headline(result: dict[str, Any]) -> Headline:
+    """The first idea that was tried, beside the same model without it."""
+    idea, (without, with_) = next((idea, pair) for idea in PAIRS for pair in _pairs(result, idea))
+    place, _, after = PAPER[idea]
+    mine = _values(result, with_, "unseen", "bleu")
+    return Headline(
+        f"BLEU on {TESTS['unseen']}, {ROWS[with_].label}",
+        spread(mine, 1),
+        f"{after:.2f} ({place})",
+        standing(mine, _values(result, without, "unseen", "bleu"), f"the {ROWS[without].label}", digits=1),
+    )
+
+
 EXPERIMENT = Experiment(
     name="translation",
     title="Translating names of numbers: beam search inside training, and top-k attention",
     source="Xie et al., Differentiable Top-k with Optimal Transport, NeurIPS 2020, sections 5 and 6",
     run=run,
     blocks=blocks,
+    headline=headline,
+    minutes={"smoke": 0.1, "quick": 1, "full": 16},
 )

@@ -1,1 +1,1 @@
-"""The report: one self-contained HTML page from the numbers in results.json."""
+"""The report: a site of self-contained HTML pages from the numbers in results.json, and the comparison of two."""

@@ -45,3 +45,21 @@ class Figure:
 
 
 Block = Heading | Paragraph | Table | Figure
+SETTINGS = "Settings"  # the heading that ends the results: what follows says how they came about
+
+
+@dataclass(frozen=True)
+class Headline:
+    """An experiment's main figure, for the table of all experiments.
+
+    Args:
+        what: what is measured.
+        ours: the figure.
+        paper: the publication's figure and its data, or nothing where it has none.
+        verdict: one sentence that depends on the numbers.
+    """
+
+    what: str
+    ours: str
+    paper: str
+    verdict: str

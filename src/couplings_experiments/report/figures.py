@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -61,7 +62,14 @@ def drawing(name: str, width: float, height: float) -> Iterator[tuple[Figure, li
 def _inline(svg: str, name: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    seen: Counter[str] = Counter()
+
+    def identified(found: re.Match[str]) -> str:
+        """An image drawn twice comes with one identifier; what refers to it may show either."""
+        seen[found[1]] += 1
+        return f'id="{name}-{found[1]}{"" if seen[found[1]] == 1 else f"-{seen[found[1]]}"}"'
+
+    svg = re.sub(r'\bid="([^"]*)"', identified, svg)
     svg = re.sub(r"url\(#", f"url(#{name}-", svg)
     svg = re.sub(r'xlink:href="#', f'xlink:href="#{name}-', svg)
     svg = svg.replace(INK, "currentColor")
