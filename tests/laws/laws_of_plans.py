@@ -429,11 +429,14 @@ DUSTBINS = [
 
 def _plan_blocks(source: Source) -> tuple[Tensors, Settings]:
     shape = source.ROWS, source.n, source.m
-    return {
-        "x": -source.randn(*shape).abs(),  # logarithms of a plan
-        "row_bin": source.randn(*shape[:2]),
-        "column_bin": source.randn(source.ROWS, source.m),
-    }, {}
+    return (
+        {
+            "x": -source.randn(*shape).abs(),  # logarithms of a plan
+            "row_bin": source.randn(*shape[:2]),
+            "column_bin": source.randn(source.ROWS, source.m),
+        },
+        {},
+    )
 
 
 def _joined(t: Tensors) -> Tensor:

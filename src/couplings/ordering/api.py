@@ -747,9 +747,11 @@ class _Call:
         def soft() -> Tensor:
             if not centre:
                 return self._soft_values(place, of_entries)
-            total = of_entries.detach().sum(-2, keepdim=True)  # what is masked is 0
+            # In float64: the gradient sees values of one cluster by their differences, which float32 rounds away.
+            entries = of_entries.double()
+            total = entries.detach().sum(-2, keepdim=True)  # what is masked is 0
             middle = total / self.rows.count.unsqueeze(-1).clamp_min(1)
-            away = of_entries - middle
+            away = entries - middle
             if self.rows.mask is not None:
                 away = away.masked_fill(~self.rows.mask.unsqueeze(-1), 0)
             return self._soft_values(place, away) + middle

@@ -22,6 +22,7 @@ from couplings._checks import (
 from couplings._rowwise import apply, seen
 from couplings.transport.coupling import Coupling, Status, act_on_failure
 from couplings.transport.implicit import Gibbs, Plan, RelativeValue, ShortPotential, density
+from couplings.transport.logits import marginals
 from couplings.transport.sinkhorn import Sweeps
 from couplings.transport.unbalanced import solve_unbalanced
 
@@ -464,9 +465,8 @@ def certify(
     """
     first = plan()
     with torch.no_grad():
-        returned = first.to(torch.float64)
-        residual = (returned.sum(-1) - problem.a).abs().sum(-1)
-        residual = residual + (returned.sum(-2) - problem.b).abs().sum(-1)
+        row_sums, column_sums = marginals(first)
+        residual = (row_sums - problem.a).abs().sum(-1) + (column_sums - problem.b).abs().sum(-1)
         status = torch.where(
             residual <= bar * problem.mass,
             int(Status.CONVERGED),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 LOG2E = 1 / math.log(2)  # exp2 takes half to a third of exp's time on a CPU
 BLOCK = 2**17  # entries in float64 at a time on a CPU: they stay in cache, and memory is not touched anew
+GOOD = 1e4  # factor by which a guess of a sum of exponentials may be off
 
 
 def logits(
@@ -41,16 +43,47 @@ def logits(
         return whole.to(dtype) if out is None else out.copy_(whole)
     if out is None:
         out = torch.empty(cost.shape, dtype=dtype)
+    for _ in _filled(cost, left, right, slope, out):
+        pass
+    return out
+
+
+def _alone(cost: Tensor) -> bool:
+    """One problem on a CPU that does not stay in cache."""
+    large = cost.numel() > BLOCK and cost.shape[:-2].numel() == 1
+    return large and cost.device.type == "cpu" and cost.is_contiguous() and not torch.compiler.is_compiling()
+
+
+def _filled(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, out: Tensor) -> Iterator[Tensor]:
+    """:func:`logits` of large problems on a CPU: the rows of ``out`` that have just been written, block by block."""
+    batch, (short, long) = cost.shape[:-2], cost.shape[-2:]
     height = max(1, BLOCK // long)
-    block = torch.empty(height, long, dtype=torch.float64)
+    block = torch.empty(min(height, short), long, dtype=torch.float64)
     items = (t.reshape(batch.numel(), *t.shape[len(batch) :]) for t in (out, cost, left, right, slope))
     for into, x, rows, columns, factor in zip(*items, strict=True):
         for start in range(0, short, height):
             part = slice(start, start + height)
             piece = block[: min(height, short - start)].copy_(x[part])
             torch.addcmul(columns, piece, factor, out=piece)
-            into[part] = piece.add_(rows[part, None])
-    return out
+            yield into[part].copy_(piece.add_(rows[part, None]))
+
+
+def marginals(plan: Tensor) -> tuple[Tensor, Tensor]:
+    """Row sums ``(*batch, n)`` and column sums ``(*batch, m)`` in float64; of a large plan on a CPU block by block."""
+    if plan.stride(-1) != 1 and plan.stride(-2) == 1:
+        columns, rows = marginals(plan.mT)
+        return rows, columns
+    n, m = plan.shape[-2:]
+    if plan.device.type != "cpu" or torch.compiler.is_compiling() or plan.numel() <= BLOCK:
+        whole = plan.to(torch.float64)
+        return whole.sum(-1), whole.sum(-2)
+    rows = []
+    columns = torch.zeros_like(plan[..., 0, :], dtype=torch.float64)
+    for part in plan.split(max(1, BLOCK * n // plan.numel()), -2):
+        piece = part.to(torch.float64)
+        rows.append(piece.sum(-1))
+        columns = columns + piece.sum(-2)
+    return torch.cat(rows, -1), columns
 
 
 def log_sum(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -79,15 +112,24 @@ def kernel(
         guess: About what ``log sum_j exp(..)`` is, ``(*batch, l)`` float64: only logits less this are rounded.
         slope: ``(*batch,)`` float64.
         dtype: Of the exponentials.
-        floor: Logits below it, counted from the largest of their column, are cut off.
+        floor: Logits below it, counted from about the largest of their column, are cut off.
         out: As in :func:`logits`.
 
     Returns:
         ``(*batch, s, l)``, and the logarithm of what the exponentials were divided by ``(*batch, l)``.
     """
-    raw = logits(cost, shift * LOG2E, guess * -LOG2E, slope * LOG2E, dtype, out)
+    left, right, scale, least = shift * LOG2E, guess * -LOG2E, slope * LOG2E, floor * LOG2E
+    if _alone(cost):
+        # where the guess is good nothing has to be subtracted, and all but the division is done while in cache
+        terms = torch.empty(cost.shape, dtype=dtype) if out is None else out
+        z = torch.zeros_like(guess, dtype=dtype)
+        for part in _filled(cost, left, right, scale, terms):
+            z += part.clamp_(min=least).exp2_().sum(0)
+        if bool(((z > 1 / GOOD) & (z < GOOD)).all()):
+            return terms.div_(z[..., None, :]), guess + z.to(guess.dtype).log()
+    raw = logits(cost, left, right, scale, dtype, out)
     top = raw.amax(-2, keepdim=True)
     top = torch.where(top == -torch.inf, 0.0, top)  # a column without an allowed pair has no mass
-    terms = raw.sub_(top).clamp_(min=floor * LOG2E).exp2_()
+    terms = raw.sub_(top).clamp_(min=least).exp2_()
     z = terms.sum(-2, keepdim=True)
     return terms.div_(z), guess + (top + z.log2())[..., 0, :].to(guess.dtype) / LOG2E

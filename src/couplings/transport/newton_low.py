@@ -181,6 +181,8 @@ class _Low:
     def diagonal(self) -> Tensor:
         """``pi (1 - pi) q``, the Hessian's diagonal without cancellation."""
         height = max(1, BLOCK // self.pi.shape[1])
+        if height >= self.pi.shape[0]:
+            return torch.mv(torch.addcmul(self.pi, self.pi, self.pi, value=-1), self.q)
         parts = self.pi.split(height)
         spread = torch.empty_like(parts[0])
         out = torch.empty_like(self.p)
