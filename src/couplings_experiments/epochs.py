@@ -62,13 +62,11 @@ class Epochs:
         last, damaged = processes.share(lambda: checkpoint.load_last(directory))
         for path in damaged:
             say(f"{path.name} of {identity} is damaged and was passed over")
-        if last is None:
-            return
-        if last.state.get("fingerprint") == self._fingerprint:
+        if last is not None and last.state.get("fingerprint") == self._fingerprint:
             self._restore(last)
             after_epoch(len(self.history))
         elif processes.first:
-            # what another version left: its epochs, being more, would pass for the newer ones
+            # what another version left, or is damaged: its epochs, being more, would pass for the newer ones
             checkpoint.clear(directory)
 
     def mean(self, losses: Sequence[Tensor]) -> float:

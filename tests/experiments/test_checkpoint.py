@@ -75,6 +75,30 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path):
         assert damaged == [path]
 
 
+def test_where_all_are_damaged_training_keeps_what_it_does_from_then_on(digits, tmp_path):
+    """Damaged checkpoints of late epochs must not pass for newer ones than those of the first epochs."""
+    for epoch in (2, 3):
+        checkpoint.save(tmp_path, sample(epoch)).write_bytes(b"damaged")
+
+    def stop(done):
+        raise Stop
+
+    said = []
+    with pytest.raises(Stop):
+        train(
+            build("soft", DIGITS["soft"], digits, 0),
+            digits,
+            SHORT,
+            0,
+            tmp_path,
+            identity="soft",
+            after_epoch=stop,
+            say=said.append,
+        )
+    assert len(said) == 2
+    assert checkpoint.load_last(tmp_path)[0].epoch == 1
+
+
 def test_a_failing_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
     target = tmp_path / "x"
     files.write_atomic(target, b"old")

@@ -532,7 +532,7 @@ def test_training_views_are_of_training_photographs():
 
 
 def test_the_page_shows_what_was_found(finished):
-    page = (finished / "index.html").read_text()
+    page = (finished / "matching.html").read_text()
     assert page.count("data:image/png;base64,") == 6  # three pairs, twice each
     for label in (*matching.UNLEARNED.values(), VARIANTS["transport"].label, "AUC at 5 px"):
         assert label in page

@@ -350,7 +350,7 @@ def test_the_rate_rises_and_falls():
 
 
 def test_the_page_shows_what_was_found(finished):
-    page = (finished / "index.html").read_text()
+    page = (finished / "retrieval.html").read_text()
     for label in ("BM25", *(VARIANTS[name].label for name in PLAN.variants), "Recall@100", "Where BM25 wins"):
         assert label in page
     ids = re.findall(r'\bid="([^"]+)"', page)

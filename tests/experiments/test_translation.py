@@ -267,7 +267,7 @@ def test_a_smoke_run(finished):
             for test in ("unseen", "longer"):
                 assert 0 <= unit[test]["exact"] <= 1
                 assert 0 <= unit[test]["bleu"] <= 100
-    page = (finished / "index.html").read_text()
+    page = (finished / "translation.html").read_text()
     assert page.count("<svg") == 2
     for figure in ("35.38", "36.27", "36.54", "37.30"):
         assert figure in page
@@ -300,7 +300,7 @@ def test_another_language(tmp_path, capsys, monkeypatch):
     assert "--language de is none of those" in capsys.readouterr().err
     assert run([*arguments, "--language", "es"]) == 0
     assert "--language es" in results(tmp_path / "o")["command"]
-    page = (tmp_path / "o" / "index.html").read_text()
+    page = (tmp_path / "o" / "translation.html").read_text()
     assert "English to es" in page
     assert "Whether soft beam helps was not tried in this preset" in page
 

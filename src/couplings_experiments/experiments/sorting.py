@@ -410,7 +410,7 @@ def headline(result: dict[str, Any]) -> Headline:
     return Headline(
         f"Share of sequences of {length} numbers sorted exactly, {LABELS['transport'].lower()}",
         _share(mine),
-        f"{PAPER['transport'][length][0]:.3f} (MNIST)",
+        f"{PAPER['transport'][length][0]:.3f} (MNIST)" if length in PAPER["transport"] else "–",
         standing(mine, rival, PAPER_LABELS[BASE].replace("D", "d", 1)),
     )
 

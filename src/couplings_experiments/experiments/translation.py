@@ -417,8 +417,13 @@ def _settings(result: dict[str, Any]) -> list[Block]:
 
 
 def headline(result: dict[str, Any]) -> Headline:
-    """The first idea that was tried, beside the same model without it."""
-    idea, (without, with_) = next((idea, pair) for idea in PAIRS for pair in _pairs(result, idea))
+    """The first idea that was tried, beside the same model without it; a model alone where none was."""
+    tried = [(idea, pair) for idea in PAIRS for pair in _pairs(result, idea)]
+    if not tried:
+        row = next(iter(result["rows"]))
+        bleu = spread(_values(result, row, "unseen", "bleu"), 1)
+        return Headline(f"BLEU on {TESTS['unseen']}, {ROWS[row].label}", bleu, "–", "nothing to compare it with")
+    idea, (without, with_) = tried[0]
     place, _, after = PAPER[idea]
     mine = _values(result, with_, "unseen", "bleu")
     return Headline(
