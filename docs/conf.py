@@ -107,7 +107,7 @@ INCLUDE = re.compile(r"^```\{include\} (\S+)\n```$", re.M)
 
 def included(page):
     """The file that a page of derivations/ includes, or None."""
-    match = INCLUDE.search(page.read_text())
+    match = INCLUDE.search(page.read_text(encoding="utf-8"))
     return (page.parent / match[1]).resolve() if match else None
 
 
@@ -121,7 +121,7 @@ def include_derivation(app, docname, source):
     def link(match):
         return f"]({pages[(path.parent / match[1]).resolve()]})"
 
-    text = re.sub(r"\]\(([\w./]+\.md)\)", link, path.read_text())
+    text = re.sub(r"\]\(([\w./]+\.md)\)", link, path.read_text(encoding="utf-8"))
     source[0] = INCLUDE.sub(lambda _: text, source[0])
     app.env.note_dependency(str(path))
 

@@ -86,9 +86,9 @@ def run(name: str, problems: int, first: int) -> dict[str, Any]:
                 f"epsilon {one.epsilon:g}"
             )
         seed += 1
-    apart = torch.cat(APART).nan_to_num(0, 0) if APART else torch.zeros(0)
-    out["gradients"], out["gradients_apart"] = len(apart), int((apart > CLOSE).sum())
-    out["worst_gradient"] = max([0.0, *apart.tolist()])
+    apart = torch.cat(APART) if APART else torch.zeros(0)
+    out["gradients"], out["gradients_apart"] = len(apart), int((~(apart <= CLOSE)).sum())
+    out["worst_gradient"] = max([0.0, *apart[apart.isfinite()].tolist()])
     out["cpu_seconds"] = time.process_time() - start
     out["seconds"] = time.perf_counter() - clock
     return out

@@ -10,6 +10,7 @@ from torch import Tensor
 
 HALF = (torch.float16, torch.bfloat16)
 REAL = (torch.float64, torch.float32, *HALF)
+SHOWN = 80  # characters of a value in a message
 
 
 def reject(
@@ -24,7 +25,10 @@ def describe(value: object) -> str:
     if isinstance(value, Tensor):
         name = str(value.dtype).removeprefix("torch.")
         return f"a {name} tensor of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # an array of another library
+        return f"{type(value).__name__} {value.dtype} of shape {tuple(value.shape)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= SHOWN else text[:SHOWN] + '..'}"
 
 
 def real_tensor(argument: str, value: object) -> None:
@@ -34,7 +38,9 @@ def real_tensor(argument: str, value: object) -> None:
             argument,
             "a floating-point torch.Tensor",
             describe(value),
-            f"Convert with torch.as_tensor({argument}, dtype=torch.float32).",
+            f"Pass {argument}.log_plan() or .plan(), as the function asks."
+            if type(value).__name__ == "Coupling"
+            else f"Convert with torch.as_tensor({argument}, dtype=torch.float32).",
             TypeError,
         )
     if value.dtype not in REAL:

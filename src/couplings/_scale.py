@@ -33,6 +33,12 @@ def mean_std(
     return mean, std  # type: ignore[return-value]
 
 
+def inverse_power(std: Tensor) -> Tensor:
+    """A power of two p with std p in [1/2, 1): scores times p lose no digit, whatever their deviation. No gradient."""
+    std = std.detach()
+    return torch.ldexp(torch.ones_like(std), torch.frexp(std).exponent.neg().clamp(-126, 126))
+
+
 def _total(x: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
     """Total weight of the valid entries, (*batch, 1); 1 where there is none."""
     if weights is None and mask is None:

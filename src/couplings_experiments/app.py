@@ -78,6 +78,11 @@ def reproduce(
         language=language or "fr",
     )
     given = frozenset(name for name, value in stated.items() if value is not None)
+    if data_dir is not None and not resume and request.dataset == "digits":
+        raise UserError(
+            f"--data-dir {data_dir} holds files of a --dataset, and none is asked for. "
+            f"Add --dataset ({', '.join(name for name in DATASETS if name != 'digits')}), or leave --data-dir out."
+        )
     console = Console()
     try:
         with joined(request.device) as processes:

@@ -33,10 +33,11 @@ class Checkpoint:
 
 
 def save(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Write ``checkpoint`` and drop all but the last ``KEEP``."""
+    """Write ``checkpoint`` and drop all but ``KEEP`` up to it; later ones, damaged, are there to be replaced."""
     path = directory / f"epoch-{checkpoint.epoch:05d}.safetensors"
     write_tensors(path, checkpoint.tensors, {"epoch": checkpoint.epoch, **checkpoint.state})
-    for old in _files(directory)[KEEP:]:
+    files = _files(directory)
+    for old in files[files.index(path) + KEEP :]:
         old.unlink(missing_ok=True)
     return path
 

@@ -90,6 +90,12 @@ def test_missing_data_leaves_nothing_to_resume(capsys, tmp_path):
         assert "train-images-idx3-ubyte" in one_line(capsys.readouterr().err)
 
 
+def test_a_folder_of_data_that_nobody_would_read(capsys, tmp_path):
+    assert run(["reproduce", "knn", "--data-dir", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
+    assert "Add --dataset (mnist" in one_line(capsys.readouterr().err)
+    assert not (tmp_path / "o").exists()
+
+
 def test_out_that_cannot_be_written(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "below"):

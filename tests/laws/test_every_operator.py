@@ -1,4 +1,4 @@
-"""The laws of ENGINEERING's sixth habit, for every operator of the table."""
+"""The laws that CONTRIBUTING.md lists, for every operator of the table."""
 
 from __future__ import annotations
 

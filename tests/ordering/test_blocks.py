@@ -230,6 +230,17 @@ def test_an_error_in_a_thread_is_raised(monkeypatch):
         threads.shared(lambda part: partial(work, part.start), 5, 10)
 
 
+@pytest.mark.parametrize("parts", [2, 5])
+def test_no_part_is_left_undone(monkeypatch, parts):
+    """Whatever becomes of the threads that were to help: a signal may end the way into a callback."""
+    monkeypatch.setattr(threads, "PARALLEL", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: parts)
+    monkeypatch.setattr(threads, "_team", lambda: lambda *_: None)
+    done = []
+    threads.shared(lambda part: lambda: done.extend(range(10)[part]), 10, 10)
+    assert sorted(done) == list(range(10))
+
+
 @pytest.mark.parametrize("kl", [False, True])
 def test_either_way_of_a_round_gives_the_same_bits(kl, plain, monkeypatch):
     monkeypatch.setattr(isotonic, "SMALL", 0)

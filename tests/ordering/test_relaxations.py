@@ -3,13 +3,11 @@
 import itertools
 import math
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from couplings._scale import mean_std
 from couplings.ordering import gaussian, network, neuralsort, sigmoid, softsort
 from couplings.ordering.rows import prepare
 
@@ -515,17 +513,6 @@ def test_transforms(name):
         torch.testing.assert_close(hessian, torch.autograd.functional.hessian(loss, x[0]))
 
 
-class PlainRows(NamedTuple):
-    """Rows without functools.cached_property, whose lock (before Python 3.12) dynamo cannot trace."""
-
-    x: torch.Tensor
-    z: torch.Tensor
-    count: torch.Tensor
-    mask: torch.Tensor
-    weights: None
-    standardize: bool
-
-
 COMPILED = (
     "neuralsort-ranks",
     "softsort-permutation",
@@ -540,15 +527,7 @@ def test_compile(name):
     mask = torch.tensor([True, False, True]).expand(2, 3)
 
     def function(x):
-        mean, std = mean_std(x, None, mask)
-        rows = PlainRows(
-            x=x.masked_fill(~mask, 0),
-            z=((x - mean) / std).masked_fill(~mask, 0),
-            count=mask.sum(-1, keepdim=True).to(x.dtype),
-            mask=mask,
-            weights=None,
-            standardize=True,
-        )
+        rows = prepare(x, -1, False, None, mask, True)
         return CASES[name](rows, 0.3)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

@@ -208,6 +208,34 @@ def test_fixed_sweeps_of_a_batch_with_offsets(dtype):
         torch.testing.assert_close(alone, plan[i], rtol=3e-5 if dtype == torch.float32 else 1e-11, atol=1e-30)
 
 
+@pytest.mark.parametrize("least", [1e-37, 1e-42, 1e-45])
+@pytest.mark.parametrize("side", [0, 1])
+def test_fixed_sweeps_of_masses_at_the_end_of_float32(side, least):
+    cost, *masses = dustbin_problem(150, 140, 1.0)
+    masses[side][3] = least
+    cost, a, b = (t.float() for t in (cost, *(mass / mass.sum() for mass in masses)))
+    expected = sinkhorn_oracle(cost.double(), a.double(), b.double(), 1.0, 20)[0].log()
+    cost.requires_grad_()
+    options = {"epsilon": 1.0, "solver": "sinkhorn", "iterations": 20, "on_fail": "ignore"}
+    found = solve(cost, a, b, **options).log_plan()
+    assert (found - expected).abs().max() <= 3e-5
+    assert torch.autograd.grad(found.sum(), cost)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("size", [20, 150, 400])
+def test_fixed_sweeps_do_not_ask_for_the_defaults_of_torch(size):
+    cost, a, b = (t.float() for t in dustbin_problem(size, size, 1.0))
+    arguments = {"epsilon": 1.0, "solver": "sinkhorn", "iterations": 40, "on_fail": "ignore"}
+    expected = solve(cost, a, b, **arguments).plan()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):  # any but the costs' own
+            found = solve(cost, a, b, **arguments).plan()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("sweeps", [1, 5, 30])
 def test_fixed_sweeps_have_the_unrolled_gradient(sweeps):
     cost, a, b = plane_problem(6, 8)
@@ -398,6 +426,7 @@ def test_copies_keep_the_numbers_and_drop_the_graph():
         assert torch.equal(twin.potentials.f, coupling.potentials.f)
         assert not twin.plan().requires_grad
         assert "shape=(2, 3, 4)" in repr(twin)
+        assert "CONVERGED, residual=" in repr(twin)
 
 
 # ---- bad input

@@ -28,7 +28,8 @@ def hard_assignment(
 
     Args:
         cost_or_plan: (\*batch, n, m), any real floating dtype. An entry of -inf (of +inf, with ``maximize=False``)
-            forbids the pair. n and m may differ and may be 0.
+            forbids the pair. n and m may differ and may be 0. Of a plan with dustbins pass the part without them,
+            ``coupling.plan()[..., :-1, :-1]``: a dustbin is a row or column like any other here.
         maximize: True for plans, log plans and scores; False for costs.
         row_mask: (\*batch, n) bool or broadcastable, True = takes part. A masked row is not assigned, and its
             values are not looked at.
@@ -79,7 +80,7 @@ def hard_assignment(
             f"NaN or {forces}",
             "Look for its origin, mask its row or column, or pass another value of maximize.",
         )
-    found = torch.full((count, n), -1)
+    found = torch.full((count, n), -1, device="cpu")
     for matrix, chosen, r, c in zip(wanted, found, rows, columns, strict=True):
         i, j = r.nonzero()[:, 0], c.nonzero()[:, 0]
         if len(i) and len(j):
@@ -104,7 +105,7 @@ def _assign(assign: Callable[..., Any], matrix: Tensor, chosen: Tensor, i: Tenso
 
 
 def _mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor:
-    return torch.ones(shape, dtype=torch.bool) if mask is None else mask.cpu().expand(shape)
+    return torch.ones(shape, dtype=torch.bool, device="cpu") if mask is None else mask.cpu().expand(shape)
 
 
 def _scipy() -> Callable[..., Any]:

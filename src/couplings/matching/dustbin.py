@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from couplings._rowwise import RowFunction, apply
 
 
 class Bordered(NamedTuple):
     """One transport problem: the last row and the last column are the dustbins."""
 
-    scores: Tensor  # (*batch, N + 1, M + 1), 0 where masked
+    scores: Tensor  # (*batch, N + 1, M + 1), 0 where masked; memory of its own
     a: Tensor  # (*batch, N + 1): 1 for a valid row, last the number of valid columns
     b: Tensor  # (*batch, M + 1)
     rows: Tensor  # (*batch, N + 1) bool, the dustbin included
@@ -47,16 +49,38 @@ def bordered(
         row_bins, column_bins = torch.where(rows, row_bins, 0), torch.where(columns, column_bins, 0)
     row_count = rows.sum(-1, keepdim=True).to(scores.dtype)
     column_count = columns.sum(-1, keepdim=True).to(scores.dtype)
-    top = torch.cat([scores, row_bins[..., None]], -1)
-    bottom = torch.cat([column_bins, corner], -1)[..., None, :]
     valid = torch.ones_like(corner, dtype=torch.bool)
     return Bordered(
-        torch.cat([top, bottom], -2),
+        apply(_Border, scores, row_bins, column_bins, corner),
         torch.cat([rows.to(scores.dtype), column_count], -1),
         torch.cat([columns.to(scores.dtype), row_count], -1),
         torch.cat([rows, valid], -1),
         torch.cat([columns, valid], -1),
     )
+
+
+class _Border(RowFunction):
+    """A last row and a last column, written into place: two concatenations would go through memory twice."""
+
+    @staticmethod
+    def forward(scores: Tensor, row_bins: Tensor, column_bins: Tensor, corner: Tensor) -> Tensor:
+        batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
+        out = scores.new_empty((*batch, n + 1, m + 1))
+        out[..., :n, :m] = scores
+        out[..., :n, m] = row_bins
+        out[..., n, :m] = column_bins
+        out[..., n, m:] = corner
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Nothing is needed."""
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, ...]:
+        """Each part its own."""
+        inner, last = cotangent[..., :-1, :], cotangent[..., -1, :]
+        return inner[..., :-1], inner[..., -1], last[..., :-1], last[..., -1:]
 
 
 def _mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:

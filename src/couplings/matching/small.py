@@ -70,7 +70,7 @@ class SmallPlan(RowFunction):
         plan, cotangent = plan.reshape(-1, n, n), cotangent.reshape(-1, n, n)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or plan.device.type != "cpu":
             return _pull_back(plan, cotangent).reshape(*batch, n, n)
-        out = torch.empty(plan.shape, dtype=plan.dtype)
+        out = torch.empty_like(plan)
         for block in _blocks(plan, BACK):
             out[block] = _pull_back(plan[block], cotangent[block])
         return out.reshape(*batch, n, n)

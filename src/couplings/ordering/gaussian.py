@@ -51,9 +51,9 @@ def permutation(rows: Rows, epsilon: Real) -> Tensor:
     O(n^3) work; the gradient keeps O(n^3) numbers, too: meant for n up to about 200.
     """
     unweighted(rows, "gaussian")
-    z = rows.z
+    z, unit = rows.measured()
     n = z.shape[-1]
-    width = epsilon_rows(epsilon, 1)
+    width = unit.unsqueeze(-1) * epsilon_rows(epsilon, 1)
     far = 13.0 if z.dtype == torch.float32 else 37.0  # beyond it the density is no normal number
     u = ((z.unsqueeze(-1) - z.unsqueeze(-2)) / (math.sqrt(2) * width)).clamp(-far, far)
     apart = ~torch.eye(n, dtype=torch.bool, device=z.device)

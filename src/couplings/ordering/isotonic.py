@@ -268,7 +268,7 @@ class _Problem:
         heads: first indices of the blocks at some earlier time, rising; rank: the place of a block there. Beyond a
         neighbour, only blocks that have not changed since, and that rise, are looked at.
         """
-        place = rank[neighbour].unsqueeze(-1) + step * torch.arange(distance)
+        place = rank[neighbour].unsqueeze(-1) + step * torch.arange(distance, device=rank.device)
         inside = (place >= 0) & (place < len(heads))
         chain = heads[place.clamp_(0, len(heads) - 1)]
         end = self.last[chain]
@@ -416,7 +416,7 @@ def _solve_as_given(
             if (turn - SHORT) % REFRESH == 0:
                 heads = problem.heads()
                 rank = torch.empty_like(problem.first)
-                rank[heads] = torch.arange(len(heads))
+                rank[heads] = torch.arange(len(heads), device=heads.device)
             border = problem.look_far(border, heads, rank)
             if problem.gain is None:
                 problem.gain = torch.zeros_like(problem.first)

@@ -24,10 +24,11 @@ DEFAULT_EPSILON = 1.0
 
 def _logits(rows: Rows, epsilon: Real, noise: float, generator: torch.Generator | None) -> Tensor:
     unweighted(rows, "neuralsort")
-    s = rows.z
+    s, unit = rows.measured()
     if noise != 0:
-        s = s + noise * gumbel_noise(s, generator)
+        s = rows.z + noise * gumbel_noise(s, generator)
         s = s if rows.mask is None else s.masked_fill(~rows.mask, 0)
+        unit = torch.ones_like(unit)
     # In single precision the large terms of a logit would cancel at n |s| / epsilon times its rounding. Each row is
     # taken relative to the entry that stands at its place, which softmax does not see, and sums are doubles.
     spread = absolute_differences(s.double(), rows.mask, rows.count)
@@ -37,7 +38,7 @@ def _logits(rows: Rows, epsilon: Real, noise: float, generator: torch.Generator 
     slope = 2 * places(rows) - 1 - rows.count.unsqueeze(-1)
     rise = slope * (s.unsqueeze(-2) - there.unsqueeze(-1))
     fall = (spread.unsqueeze(-2) - spread_there.unsqueeze(-1)).to(s.dtype)
-    return (rise - fall) / epsilon_rows(epsilon, 1)
+    return (rise - fall) / (unit.unsqueeze(-1) * epsilon_rows(epsilon, 1))
 
 
 def permutation(

@@ -28,23 +28,23 @@ def mean_rank(rows: Rows, epsilon: Real, family: str, widening: float = 1.0) -> 
 
     F is the distribution function of ``family``, c the count of valid entries and a = w / sum(w), 1/c without weights.
     """
-    z = rows.z
+    z, unit = rows.measured()
     if rows.weights is not None:
         total = rows.weights.sum(-1, keepdim=True)
         share = rows.weights * (rows.count / torch.where(total > 0, total, 1.0))
     else:
         share = torch.ones_like(z) if rows.mask is None else rows.mask.to(z.dtype)
-    if isinstance(epsilon, Tensor):
-        width = (epsilon * widening).to(z.dtype).expand(*z.shape[:-1], 1)
-    else:
-        width = z.new_full((*z.shape[:-1], 1), epsilon * widening)
+    width = unit * ((epsilon * widening).to(z.dtype) if isinstance(epsilon, Tensor) else epsilon * widening)
     width = width.clamp_min(torch.finfo(z.dtype).tiny)
     rank = 0.5 + _sums(share.unsqueeze(-2), z, width, family, 0, 0).squeeze(-2)
     return rank if rows.mask is None else rank.masked_fill(~rows.mask, 0)
 
 
 def _sums(q: Tensor, z: Tensor, width: Tensor, family: str, order: int, power: int) -> Tensor:
-    """out_ki = sum_j q_kj u^power F^(order)(u), u = (z_i - z_j) / width; q and out (*batch, r, n)."""
+    """out_ki = sum_j q_kj u^power F^(order)(u), u = (z_i - z_j) / width; q and out (*batch, r, n).
+
+    For order > 0 without j = i: an entry's slope against itself cancels in every gradient, and would bury the others.
+    """
     out: Tensor = apply(_Sums, q, z, width, family, order, power)
     return out
 
@@ -104,6 +104,8 @@ def _blocks(q: Tensor, z: Tensor, width: Tensor, family: str, order: int, power:
             block = slice(start, start + height)
             u = flat_z[part, block, None] - flat_z[part, None, :]
             f = _evaluate(u.mul_(inverse[part]).clamp_(-far, far), family, order, power)
+            if order > 0:
+                f.diagonal(start, -2, -1).zero_()
             if r == 1:
                 out[part, 0, block] = f.mul_(flat_q[part]).sum(-1)
             else:
@@ -144,7 +146,7 @@ class _Sums(RowFunction):
                 q_grad = grad.sum(-1, keepdim=True) - across
             else:
                 q_grad = across if (d + m) % 2 else -across
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             both = torch.cat((q, grad), -2)
             slope = _sums(both, z, width, family, d + 1, m)
             if m > 0:
@@ -152,9 +154,11 @@ class _Sums(RowFunction):
             of_q, of_grad = slope.tensor_split(2, -2)
             theirs = q * of_grad
             z_grad = (grad * of_q + theirs if (d + m) % 2 else grad * of_q - theirs).sum(-2) / width
-        if ctx.needs_input_grad[2]:
-            slope = _sums(q, z, width, family, d + 1, m + 1)
-            if m > 0:
-                slope = slope + m * _sums(q, z, width, family, d, m)
-            width_grad = -(grad * slope).sum(-2).sum(-1, keepdim=True) / width
+            if ctx.needs_input_grad[2]:
+                # z and width in another unit, or z shifted, are the same sums: no further pass over the pairs
+                size = z_grad.detach().abs()
+                size = size / size.amax(-1, keepdim=True).clamp_min(torch.finfo(z.dtype).tiny)
+                total = size.sum(-1, keepdim=True)
+                middle = (size * z.detach()).sum(-1, keepdim=True) / torch.where(total > 0, total, 1.0)
+                width_grad = -(z_grad * (z - middle)).sum(-1, keepdim=True) / width
         return q_grad, z_grad, width_grad, None, None, None

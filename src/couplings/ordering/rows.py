@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from couplings._rows import Real as Real
 from couplings._rows import as_rows, standardised, valid_count
-from couplings._scale import mean_std
+from couplings._scale import inverse_power, mean_std
 
 
 class Rows:
@@ -32,6 +33,21 @@ class Rows:
             mean, std = mean_std(self.x, self.weights, self.mask)
             self._z = standardised(self.x, mean, std, self.mask)
         return self._z
+
+    def measured(self) -> tuple[Tensor, Tensor]:
+        """t (*batch, n) and unit (*batch, 1) with z_i - z_j = (t_i - t_j) / unit, 0 where masked.
+
+        t is x, or x - mean far from 0, times a power of two: differences of close scores are exact, whereas those of
+        z are rounded like z. The unit lies in [1/2, 1), whatever the deviation of x.
+        """
+        if not self.standardize:
+            return self.x, self.x.new_ones((*self.x.shape[:-1], 1))
+        mean, std = mean_std(self.x, self.weights, self.mask)
+        mean = mean.detach()
+        origin = torch.where(mean.abs() > 32 * std.detach(), mean, 0.0)  # there x - mean is exact
+        scale = inverse_power(std)
+        t = (self.x - origin) * scale
+        return t if self.mask is None else t.masked_fill(~self.mask, 0), std * scale
 
     @property
     def count(self) -> Tensor:

@@ -21,12 +21,13 @@ def _logits(rows: Rows, epsilon: Real, p: float) -> Tensor:
     unweighted(rows, "softsort")
     if not 0 < p < math.inf:
         _checks.reject("p", "a finite power > 0", p, "Use 1 (the paper's choice) or 2.")
-    z = rows.z
+    z, unit = rows.measured()
     key = z.detach() if rows.mask is None else z.detach().masked_fill(~rows.mask, math.inf)
     ordered = z.gather(
         -1, key.argsort(dim=-1, stable=True)
     )  # a masked entry is 0 and stands behind the count
     distance = (ordered.unsqueeze(-1) - z.unsqueeze(-2)).abs()
+    distance = distance / unit.unsqueeze(-1)
     if p != 1:  # every place meets its own entry at distance 0, where powers below 2 have no curvature
         nothing = distance == 0
         distance = torch.where(nothing, 0.0, torch.where(nothing, 1.0, distance) ** p)

@@ -31,20 +31,16 @@ def shared(prepare: Callable[[slice], Callable[[], None]], rows: int, n: int) ->
         prepare(slice(0, rows))()
         return
     bounds = [rows * part // parts for part in range(parts + 1)]
-    todo = [prepare(slice(low, high)) for low, high in itertools.pairwise(bounds)]
+    todo = iter([prepare(slice(low, high)) for low, high in itertools.pairwise(bounds)])
     failed: list[BaseException] = []
 
     def help_out(_: Any = None) -> None:
         """Take parts until none is left: there may be fewer threads than were asked for."""
-        while todo:
-            try:
-                work = todo.pop()
-            except IndexError:  # another thread took the last one
-                return
-            try:
+        try:
+            for work in todo:
                 work()
-            except BaseException as error:  # noqa: BLE001 - raised below, where somebody can see it
-                failed.append(error)
+        except BaseException as error:  # noqa: BLE001 - raised below, where somebody can see it
+            failed.append(error)
 
     team = _team() if os.getpid() == _HOME else None  # a forked process has none of torch's threads
     if team is None:
@@ -56,6 +52,7 @@ def shared(prepare: Callable[[slice], Callable[[], None]], rows: int, n: int) ->
             thread.join()
     else:
         team(_CALLBACK(help_out), None, parts, 0)
+        help_out()  # Ctrl-C on the way into a callback ends it unseen: no part may be left undone
     if failed:
         raise failed[0]
 

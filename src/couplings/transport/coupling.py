@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from couplings._checks import choice, describe, reject
+from couplings._rowwise import extent
 
 
 class Status(IntEnum):
@@ -259,7 +260,12 @@ class Coupling:
 
     def __repr__(self) -> str:
         shape = (*self.a.shape, self.b.shape[-1])
-        return f"Coupling(shape={shape}, dtype={self._dtype or self.a.dtype})"
+        measured = ""
+        worst = extent(self.residual.detach())  # where looking is free
+        if worst is not None:
+            states = ", ".join(Status(s).name for s in sorted(set(self.status.flatten().tolist())))
+            measured = f", {states}, residual={worst[1]:.1e}"
+        return f"Coupling(shape={shape}, dtype={self._dtype or self.a.dtype}{measured})"
 
 
 def act_on_failure(coupling: Coupling, on_fail: str) -> Coupling:

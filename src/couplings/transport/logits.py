@@ -31,7 +31,7 @@ def logits(
     """
     if out is None and not cost.is_contiguous() and cost.mT.is_contiguous():
         return logits(cost.mT, right, left, slope, dtype).mT
-    batch, (short, long) = cost.shape[:-2], cost.shape[-2:]
+    short, long = cost.shape[-2:]
     if (
         cost.device.type != "cpu"
         or torch.compiler.is_compiling()
@@ -42,7 +42,7 @@ def logits(
         whole.add_(left[..., :, None]).add_(right[..., None, :])
         return whole.to(dtype) if out is None else out.copy_(whole)
     if out is None:
-        out = torch.empty(cost.shape, dtype=dtype)
+        out = torch.empty(cost.shape, dtype=dtype, device=cost.device)
     for _ in _filled(cost, left, right, slope, out):
         pass
     return out
@@ -58,7 +58,7 @@ def _filled(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, out: Tenso
     """:func:`logits` of large problems on a CPU: the rows of ``out`` that have just been written, block by block."""
     batch, (short, long) = cost.shape[:-2], cost.shape[-2:]
     height = max(1, BLOCK // long)
-    block = torch.empty(min(height, short), long, dtype=torch.float64)
+    block = torch.empty(min(height, short), long, dtype=torch.float64, device=cost.device)
     items = (t.reshape(batch.numel(), *t.shape[len(batch) :]) for t in (out, cost, left, right, slope))
     for into, x, rows, columns, factor in zip(*items, strict=True):
         for start in range(0, short, height):
@@ -73,17 +73,17 @@ def marginals(plan: Tensor) -> tuple[Tensor, Tensor]:
     if plan.stride(-1) != 1 and plan.stride(-2) == 1:
         columns, rows = marginals(plan.mT)
         return rows, columns
-    n, m = plan.shape[-2:]
+    n = plan.shape[-2]
     if plan.device.type != "cpu" or torch.compiler.is_compiling() or plan.numel() <= BLOCK:
         whole = plan.to(torch.float64)
         return whole.sum(-1), whole.sum(-2)
-    rows = []
+    parts = []
     columns = torch.zeros_like(plan[..., 0, :], dtype=torch.float64)
     for part in plan.split(max(1, BLOCK * n // plan.numel()), -2):
         piece = part.to(torch.float64)
-        rows.append(piece.sum(-1))
+        parts.append(piece.sum(-1))
         columns = columns + piece.sum(-2)
-    return torch.cat(rows, -1), columns
+    return torch.cat(parts, -1), columns
 
 
 def log_sum(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -121,7 +121,7 @@ def kernel(
     left, right, scale, least = shift * LOG2E, guess * -LOG2E, slope * LOG2E, floor * LOG2E
     if _alone(cost):
         # where the guess is good nothing has to be subtracted, and all but the division is done while in cache
-        terms = torch.empty(cost.shape, dtype=dtype) if out is None else out
+        terms = torch.empty(cost.shape, dtype=dtype, device=cost.device) if out is None else out
         z = torch.zeros_like(guess, dtype=dtype)
         for part in _filled(cost, left, right, scale, terms):
             z += part.clamp_(min=least).exp2_().sum(0)

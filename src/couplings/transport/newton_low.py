@@ -29,7 +29,6 @@ SHRINK = 0.4
 PATIENCE = 4  # steps without progress after which float64 has to go on
 STEPS = 60
 RISE = 1e-5  # rises of the semi-dual below it are rounding
-BLOCK = 2**16  # entries of the kernel worked on at a time where that needs a copy: it stays in cache
 
 REACH = 3e-7  # residual that float32 mat-vecs can reach
 HANDOVER = 1e-6  # residual at which they hand over, if more is asked
@@ -71,7 +70,7 @@ def start_low(cost: Tensor, p: Tensor, q: Tensor, rate: Tensor, span: float, tol
 
 
 class _Low:
-    """The iterate; ``pi`` is the only array ``(s, l)``: the first use of memory takes as long as a mat-vec or ten."""
+    """The iterate; ``pi`` and ``work`` are the only arrays ``(s, l)``: new memory takes as long as many mat-vecs."""
 
     def __init__(self, cost: Tensor, p: Tensor, q: Tensor, rate: Tensor) -> None:
         self.cost, self.rate = cost, rate
@@ -82,7 +81,8 @@ class _Low:
         self.h = torch.zeros_like(p)
         self.log_z = torch.zeros_like(q)
         self.beta = 1.0
-        self.pi: Tensor = torch.empty(cost.shape)
+        self.pi: Tensor = torch.empty(cost.shape, dtype=torch.float32, device=cost.device)
+        self.work: Tensor | None = None
 
     def run(self, span: float, tolerance: float, certain: bool) -> Start:
         span = min(max(span, ANNEAL_FROM), ANNEAL_FROM * 2.0**MOST_STAGES)
@@ -172,24 +172,14 @@ class _Low:
     def direction(self, s: Tensor, r: Tensor, damping: float, tolerance: float) -> Tensor:
         """Newton's direction from the float32 kernel."""
         p, q, pi = self.p, self.q, self.pi
-        root = self.diagonal().add_(p, alpha=damping).clamp_min_(TINY[torch.float32]).rsqrt_()
+        if self.work is None:
+            self.work = torch.empty_like(pi)
+        spread = torch.addcmul(pi, pi, pi, value=-1, out=self.work)  # the diagonal, without cancellation
+        root = torch.mv(spread, q).add_(p, alpha=damping).clamp_min_(TINY[torch.float32]).rsqrt_()
         shift = torch.add(s, p, alpha=damping).mul_(root).mul_(root)
         left = r.sub(p, alpha=float(r.sum())).mul_(root)
         d, _ = conjugate_gradients(pi, q, root, shift, left, tolerance, 64)
         return d.sub_(float(torch.dot(p, d)))
-
-    def diagonal(self) -> Tensor:
-        """``pi (1 - pi) q``, the Hessian's diagonal without cancellation."""
-        height = max(1, BLOCK // self.pi.shape[1])
-        if height >= self.pi.shape[0]:
-            return torch.mv(torch.addcmul(self.pi, self.pi, self.pi, value=-1), self.q)
-        parts = self.pi.split(height)
-        spread = torch.empty_like(parts[0])
-        out = torch.empty_like(self.p)
-        for part, into in zip(parts, out.split(height), strict=True):
-            piece = torch.addcmul(part, part, part, value=-1, out=spread[: part.shape[0]])
-            torch.mv(piece, self.q, out=into)
-        return out
 
     def refine(self, p: Tensor, q: Tensor, goal: float) -> bool:
         """Corrections of what float32 has left: only the residual has to be exact. True if they reach the goal."""

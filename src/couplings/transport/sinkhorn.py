@@ -28,6 +28,7 @@ BLOCK = 8  # sweeps between two looks at the scalings at first, and of one kerne
 LONGEST = 32  # sweeps between two looks later on: as many as there were before, up to this
 ALONE = 2**14  # entries from which the items of a batch are swept one after the other on a CPU
 WIDE = 100.0  # range of logits up to which float32 sweeps are as exact as a float32 logarithm of the plan
+LEAST = 1e-25  # mass of a row or column, of 1 in all, down to which float32 scalings keep their digits
 SINGLE = 8  # the first sweeps move far: their gradient uses one kernel each
 
 
@@ -318,7 +319,8 @@ def _run_large(
     solvers: dict[torch.dtype, Large] = {}
     for x, rows, columns, rate, h, e in zip(cost.mT, q, p, 1 / epsilon, hs, es, strict=True):
         # where the logarithm of a plan in float32 is rounded by 1e-5, its sweeps must not add to that
-        dtype = torch.float32 if low and _range(x) * rate <= WIDE else torch.float64
+        single = low and _range(x) * rate <= WIDE and min(_least(rows), _least(columns)) >= LEAST
+        dtype = torch.float32 if single else torch.float64
         if dtype not in solvers:
             solvers[dtype] = Large(x.shape[0], x.shape[1], dtype)
         solvers[dtype].load(x, rows, columns, rate)
@@ -332,6 +334,11 @@ def _range(cost: Tensor) -> Tensor:
     if high == torch.inf:
         high = cost.masked_fill(cost == torch.inf, -torch.inf).amax()
     return (high - cost.amin()).double()
+
+
+def _least(masses: Tensor) -> Tensor:
+    """Of the masses that are not 0."""
+    return torch.where(masses > 0, masses, torch.inf).amin()
 
 
 def _run_batch(

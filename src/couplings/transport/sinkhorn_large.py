@@ -38,10 +38,10 @@ class Large:
     def __init__(self, long: int, short: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.high, self.wide = _stack(long), _stack(short)
-        self.kernel = torch.empty(math.prod(self.high), math.prod(self.wide), dtype=dtype)
+        self.kernel = torch.empty(math.prod(self.high), math.prod(self.wide), dtype=dtype, device="cpu")
         self.kernel[long:].fill_(1)
         self.kernel[:, short:].fill_(1)
-        self.turned = torch.empty(self.kernel.shape[::-1], dtype=dtype)
+        self.turned = self.kernel.new_empty(self.kernel.shape[::-1])
         room = math.log(torch.finfo(dtype).eps / 64) - FLOOR[dtype] - math.log(max(long, short))
         self.room = math.exp(room)
 
@@ -63,10 +63,13 @@ class Large:
         self.over_p = torch.where(self.no_p, 0.0, 1 / p)
 
     def run(self, iterations: int, every: bool) -> tuple[Tensor, Tensor]:
-        """The potentials of all sweeps, or of the last, ``(count, s)`` and ``(count, l)``; ``-inf`` without mass."""
+        """The potentials of all sweeps, or of the last, ``(count, s)`` and ``(count, l)``.
+
+        What has no mass has -inf, or 0 where nothing has any.
+        """
         if not bool((self.p > 0).any()):
             count = iterations if every else 1
-            return torch.zeros(count, len(self.p)).to(self.p), torch.zeros(count, len(self.q)).to(self.q)
+            return self.p.new_zeros(count, len(self.p)), self.q.new_zeros(count, len(self.q))
         kept = [self.begin()]
         done, fresh = 1, True
         while done < iterations:
@@ -140,7 +143,9 @@ class Large:
             sum_u.new_ones(wide),
         )
         # (c u, v / c) is the same sweep: with another c each time roundings do not repeat, and their bias fades
-        gauge = torch.exp2(torch.arange(1, count + 1) * GOLDEN % 1).to(us)[:, None]
+        gauge = torch.exp2(torch.arange(1, count + 1, dtype=torch.float64, device=us.device) * GOLDEN % 1).to(
+            us
+        )[:, None]
         masses = self.q_padded * torch.cat([gauge[:1], gauge[1:] / gauge[:-1]])
         p, v = self.p_padded, self.v.view(wide, 1, columns)
         lefts, rights = us.view(count, high, 1, rows).unbind(), vs.view(count, wide, 1, columns).unbind()

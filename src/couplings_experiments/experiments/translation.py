@@ -422,7 +422,9 @@ def headline(result: dict[str, Any]) -> Headline:
     if not tried:
         row = next(iter(result["rows"]))
         bleu = spread(_values(result, row, "unseen", "bleu"), 1)
-        return Headline(f"BLEU on {TESTS['unseen']}, {ROWS[row].label}", bleu, "–", "nothing to compare it with")
+        return Headline(
+            f"BLEU on {TESTS['unseen']}, {ROWS[row].label}", bleu, "–", "nothing to compare it with"
+        )
     idea, (without, with_) = tried[0]
     place, _, after = PAPER[idea]
     mine = _values(result, with_, "unseen", "bleu")

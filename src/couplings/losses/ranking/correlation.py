@@ -7,7 +7,7 @@ from torch import Tensor
 
 from couplings import _checks
 from couplings._rowwise import seen
-from couplings._scale import mean_std
+from couplings._scale import inverse_power, mean_std
 from couplings.losses.ranking import lists
 from couplings.losses.ranking.lists import RANK_METHODS, Epsilon
 from couplings.losses.ranking.pairs import agreement
@@ -164,11 +164,16 @@ def kendall_loss(
     y, _ = lists.working(y.detach(), mask)
     if lists.is_exact(epsilon):
         z = 100 * mid_ranks(x, mask, None, x.dtype)  # tanh(50) is 1 in float64
+        apart = z, torch.ones_like(z[..., :1])
     else:
         mean, std = mean_std(x, None, mask)
-        z = (x - mean) / std * _half_over(KENDALL_EPSILON if epsilon is None else epsilon, x)
+        half = _half_over(KENDALL_EPSILON if epsilon is None else epsilon, x)
+        z = (x - mean) / std * half
         z = z if mask is None else z.masked_fill(~mask, 0)
-    together, x_size = agreement(z, 2 * mid_ranks(y, mask, None, x.dtype), mask)  # whole numbers
+        std = std.detach()
+        scale = inverse_power(std)
+        apart = x.detach() * scale, half / (std * scale)
+    together, x_size = agreement(z, apart, 2 * mid_ranks(y, mask, None, x.dtype), mask)  # whole numbers
     y_size = untied_pairs(y, mask).to(x.dtype)
     undefined = (_constant(x, mask) | _constant(y, mask)).unsqueeze(-1) | (x_size.detach() <= 0)
     size = torch.where(undefined, 1, x_size).sqrt() * torch.where(undefined, 1, y_size).sqrt()

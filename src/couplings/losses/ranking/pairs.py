@@ -25,15 +25,19 @@ TILE = BLOCK
 GPU_TILE = 2**24
 
 
-def agreement(z: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def agreement(
+    z: Tensor, apart: tuple[Tensor, Tensor], y: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """N and Q above, both (*batch, 1) and differentiable to any order in z.
 
     Args:
         z: (*batch, n).
+        apart: t (*batch, n) and rate (*batch, 1), constants with z_i - z_j = rate (t_i - t_j) for differences that are
+            not rounded like z.
         y: (*batch, n), of z's dtype, not differentiated; different values lie at least 1 apart, so that t is a sign.
         mask: (*batch, n) bool or None.
     """
-    together, size = apply(_Agreement, z, y, mask)
+    together, size = apply(_Agreement, z, *apart, y, mask)
     return together, size
 
 
@@ -43,7 +47,7 @@ class _Tile(NamedTuple):
     Attributes:
         lists: slice of the flattened batch.
         left, right: the entries.
-        s: (lists, right - left, right) soft signs.
+        s: (lists, right - left, right) 2 (z_i - z_j), to be made soft signs by ``soft``.
         t: (lists, right - left, right) signs of the target, 0 where one of the two entries is masked.
         spare: an uninitialised buffer of that shape.
         valid: (lists, 1, right) 1 or 0, or None.
@@ -57,6 +61,17 @@ class _Tile(NamedTuple):
     spare: Tensor
     valid: Tensor | None
 
+    def soft(self) -> Tensor:
+        """Soft signs s, in the place of s."""
+        return self.s.sigmoid_().mul_(2).sub_(1)  # tanh of half the argument, in a fifth of the time
+
+    def soft_and_slope(self) -> tuple[Tensor, Tensor]:
+        """Soft signs s and (1 - s^2) / 4, in the places of s and spare; 1 - s^2 itself would lose far pairs."""
+        tail = torch.abs(self.s, out=self.spare).neg_().sigmoid_()
+        s = self.s.sign_()
+        s.addcmul_(s, tail, value=-2)
+        return s, tail.addcmul_(tail, tail, value=-1)
+
     def rows_and_columns(self, out: Tensor, terms: Tensor) -> None:
         """Add to ``out`` (batch, n) what each entry gets from these pairs; ``terms`` are odd in the difference."""
         if self.valid is not None:
@@ -69,14 +84,14 @@ class _Tile(NamedTuple):
             out[self.lists, : self.left] -= columns.sum(-2)
 
 
-def _tiles(z: Tensor, y: Tensor, mask: Tensor | None) -> Iterator[_Tile]:
+def _tiles(t: Tensor, rate: Tensor, y: Tensor, mask: Tensor | None) -> Iterator[_Tile]:
     """All pairs of the lists (batch, n), each pair of different entries in one tile only."""
+    z, rate = t, 2 * rate.unsqueeze(-1)
     count, n = z.shape
     most = TILE if z.device.type == "cpu" else GPU_TILE
     height = min(max(1, most // (n * n)), max(1, count))
     width = n if height > 1 else max(1, min(n, most // n))
     buffers = [z.new_empty(height * width * n) for _ in range(3)]
-    z = 2 * z
     for top in range(0, count, height):
         lists = slice(top, min(top + height, count))
         for left in range(0, n, width):
@@ -88,7 +103,7 @@ def _tiles(z: Tensor, y: Tensor, mask: Tensor | None) -> Iterator[_Tile]:
                 torch.sub(
                     values[lists, left:right].unsqueeze(-1), values[lists, :right].unsqueeze(-2), out=out
                 )
-            s.sigmoid_().mul_(2).sub_(1)  # tanh of half the argument, in a fifth of the time
+            s.mul_(rate[lists])
             t.clamp_(-1, 1)
             valid = None if mask is None else mask[lists, :right].unsqueeze(-2).to(z.dtype)
             yield _Tile(lists, left, right, s, t, spare, valid)
@@ -96,16 +111,14 @@ def _tiles(z: Tensor, y: Tensor, mask: Tensor | None) -> Iterator[_Tile]:
 
 class _Agreement(RowFunction):
     @staticmethod
-    def forward(z: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(z: Tensor, t: Tensor, rate: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         shape, n = z.shape[:-1], z.shape[-1]
-        z, y = z.reshape(-1, n), y.reshape(-1, n)
+        t, rate, y = t.reshape(-1, n), rate.reshape(-1, 1), y.reshape(-1, n)
         mask = None if mask is None else mask.reshape(-1, n)
-        together, size = z.new_zeros((2, z.shape[0]), dtype=torch.float64)
-        for tile in _tiles(z, y, mask):
-            for out, terms in (
-                (together, torch.mul(tile.s, tile.t, out=tile.spare)),
-                (size, tile.s.mul_(tile.s)),
-            ):
+        together, size = z.new_zeros((2, t.shape[0]), dtype=torch.float64)
+        for tile in _tiles(t, rate, y, mask):
+            s = tile.soft()
+            for out, terms in ((together, torch.mul(s, tile.t, out=tile.spare)), (size, s.mul_(s))):
                 if tile.valid is not None:
                     terms.mul_(tile.valid).mul_(tile.valid[..., tile.left :].mT)
                 out[tile.lists] += terms[..., tile.left :].sum((-2, -1))
@@ -120,22 +133,23 @@ class _Agreement(RowFunction):
     @staticmethod
     def backward(ctx: Any, together_grad: Tensor, size_grad: Tensor) -> tuple[Tensor | None, ...]:
         first, second = apply(_Slopes, *ctx.saved_tensors)
-        return 2 * together_grad * first + 4 * size_grad * second, None, None
+        return 2 * together_grad * first + 4 * size_grad * second, None, None, None, None
 
 
 class _Slopes(RowFunction):
     """P and W. Its backward is differentiable torch code, which keeps O(n^2) from the third order on."""
 
     @staticmethod
-    def forward(z: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(z: Tensor, t: Tensor, rate: Tensor, y: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         shape = z.shape
-        z, y = z.reshape(-1, shape[-1]), y.reshape(-1, shape[-1])
+        t, rate, y = t.reshape(-1, shape[-1]), rate.reshape(-1, 1), y.reshape(-1, shape[-1])
         mask = None if mask is None else mask.reshape(-1, shape[-1])
-        first, second = torch.zeros_like(z), torch.zeros_like(z)
-        for tile in _tiles(z, y, mask):
-            slope = torch.mul(tile.s, tile.s, out=tile.spare).neg_().add_(1)
-            tile.rows_and_columns(first, tile.t.mul_(slope))
-            tile.rows_and_columns(second, tile.s.mul_(slope))
+        first, second = torch.zeros_like(t), torch.zeros_like(t)
+        for tile in _tiles(t, rate, y, mask):
+            s, quarter = tile.soft_and_slope()
+            tile.rows_and_columns(first, tile.t.mul_(quarter))
+            tile.rows_and_columns(second, s.mul_(quarter))
+        first, second = 4 * first, 4 * second
         if mask is not None:
             first, second = first * mask, second * mask
         return first.view(shape), second.view(shape)
@@ -147,12 +161,12 @@ class _Slopes(RowFunction):
 
     @staticmethod
     def backward(ctx: Any, left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, ...]:
-        z, y, mask = ctx.saved_tensors
+        z, _, _, y, mask = ctx.saved_tensors
         n = z.shape[-1]
         most = TILE if z.device.type == "cpu" else GPU_TILE
         width = max(1, min(n, most // max(1, z.numel())))
         strips = [_curved(z, y, mask, left, right, a, a + width) for a in range(0, n, width)]
-        return torch.cat(strips, -1), None, None
+        return torch.cat(strips, -1), None, None, None, None
 
 
 def _curved(

@@ -141,10 +141,19 @@ def trimmed_loss(
     )
     if detach_weights:
         weights = weights.detach()
-    loss = (weights * x.masked_fill(endless, 0)).sum(-1)
+    x = x.masked_fill(endless, 0)
+    # The weights' sum is a constant: measured from the cut, losses far from 0 do not cancel in the weights' gradient.
+    cut = _cut(x.detach(), weights.detach())
+    loss = (weights * (x - cut)).sum(-1)
+    loss = loss + ((weights * x).sum(-1) - loss).detach()
     if average:
         loss = loss / torch.where(kept > 0, kept, 1)
     return lists.reduce(loss, reduction, dtype)
+
+
+def _cut(x: Tensor, weights: Tensor) -> Tensor:
+    """The entry whose weight can change most, (*batch, 1)."""
+    return x.gather(-1, (weights * (1 - weights)).argmax(-1, keepdim=True))
 
 
 def _check_fraction(name: str, value: object, remedy: str, *, zero: bool) -> None:
