@@ -34,20 +34,20 @@ LONGEST = 3000.0  # seconds until a process that should have ended is taken to h
 
 @pytest.fixture(scope="module")
 def server():
-    """Forks processes that have everything imported and read, one thread each."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        pytest.skip("needs fork")
+    """Starts processes of one thread each; where it can fork they have everything imported and read."""
+    forks = "forkserver" in multiprocessing.get_all_start_methods()
     with pytest.MonkeyPatch.context() as patch:
         for name in (struck.SERVER, "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
             patch.setenv(name, "1")
         # before Python 3.13 the server has not the path that its parent has
         patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["struck"])
-        process = context.Process(target=struck.check)  # the first one starts the server
-        process.start()
-        process.join(LONGEST)
-    assert process.exitcode == 0, "the server has not imported what it should have"
+        context = multiprocessing.get_context("forkserver" if forks else "spawn")
+        if forks:
+            context.set_forkserver_preload(["struck"])
+            process = context.Process(target=struck.check)  # the first one starts the server
+            process.start()
+            process.join(LONGEST)
+            assert process.exitcode == 0, "the server has not imported what it should have"
     return context
 
 

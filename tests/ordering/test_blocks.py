@@ -1,6 +1,6 @@
 """Sorted rows and sums over blocks: compiled and plain against loops, derivatives, threads; rounds and engines."""
 
-import os
+import multiprocessing
 import subprocess
 import sys
 from functools import partial
@@ -197,25 +197,28 @@ def test_threads_give_the_operators_the_same_bits(function, variant, team, monke
         assert torch.equal(mine, theirs)
 
 
-def test_a_forked_process_finishes():
-    """It has none of the threads that were there before."""
-    code = """
-import os, sys, torch
+@pytest.mark.parametrize("method", multiprocessing.get_all_start_methods())
+def test_a_started_process_finishes(method, tmp_path):
+    """A forked one has none of the threads that were there before."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import multiprocessing, sys, torch
 from couplings.ordering import threads
-torch.set_num_threads(2)
 def count():
+    torch.set_num_threads(2)
     done = []
     threads.shared(lambda part: lambda: done.append(part), 2, threads.PARALLEL)
     return len(done)
-assert count() == 2
-child = os.fork()
-if child == 0:
-    os._exit(count())
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) - 2)
-"""
-    if not hasattr(os, "fork"):
-        pytest.skip("no fork here")
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+def answer():
+    sys.exit(count())
+if __name__ == "__main__":
+    assert count() == 2
+    child = multiprocessing.get_context("{method}").Process(target=answer)
+    child.start()
+    child.join()
+    sys.exit(child.exitcode - 2)
+""")
+    subprocess.run([sys.executable, script], check=True, timeout=100)
 
 
 def test_an_error_in_a_thread_is_raised(monkeypatch):
