@@ -29,9 +29,9 @@ MANY = 0.8
 a round gives the same bits."""
 
 SHORT = 6
-"""Rounds in which a block looks at its neighbours only; then at twice as many as it took in last."""
+"""Rounds in which a block looks at its neighbours only; then at four times as many as it took in last."""
 
-REFRESH = 4
+REFRESH = 8
 """Rounds between two lists of the blocks there are."""
 
 WINDOWS = 2**17
@@ -145,23 +145,28 @@ def _means(pieces: _Pieces) -> Tensor:
     return mean if pieces.s is None or pieces.w is None else mean.log_().add_(pieces.s - pieces.w)
 
 
-def _condensed(pieces: _Pieces) -> _Pieces | None:
+def _violations(value: Tensor, closed: Tensor) -> Tensor:
+    """Across which borders the value does not rise, one fewer than there are blocks; NaN violates nothing."""
+    return (value[:-1] >= value[1:]).logical_and_(~closed[:-1])
+
+
+def _condensed(pieces: _Pieces, violating: Tensor) -> _Pieces | None:
     """Every maximal run of violators made one piece, if these are many: a round of pooling like ``_Problem.merge``."""
     over, under, closed, s, w, begin = pieces
-    value = _means(pieces)
     begins = torch.ones_like(closed)
-    torch.logical_or(~(value[:-1] >= value[1:]), closed[:-1], out=begins[1:])  # NaN joins nobody
-    head = begins.nonzero().squeeze(-1)
-    if len(head) > MANY * len(over):
+    torch.logical_not(violating, out=begins[1:])
+    count = int(torch.count_nonzero(begins))
+    if count > MANY * len(over):
         return None
+    head = begins.nonzero().squeeze(-1)
     tail = torch.cat((head[1:] - 1, head.new_tensor([len(over) - 1])))
     run = begins.cumsum(0).sub_(1)
     if s is not None and w is not None:
         over = over * torch.exp(s - take(take(s, tail), run))
         under = under * torch.exp(w - take(take(w, tail), run))
     return _Pieces(
-        over.new_zeros(len(head)).index_add_(0, run, over),
-        under.new_zeros(len(head)).index_add_(0, run, under),
+        over.new_zeros(count).index_add_(0, run, over),
+        under.new_zeros(count).index_add_(0, run, under),
         take(closed, tail),
         None if s is None else take(s, tail),
         None if w is None else take(w, tail),
@@ -180,6 +185,7 @@ class _Problem:
             its largest, so that no exponential overflows.
         first: of the block that ends here.
         last: of the block that begins here.
+        alive: whether a block begins here.
         gain: how many blocks the one that begins here took in when it last did, once this is counted.
         closed: whether the piece and its right neighbour are never put into one block.
         s, w: of the last entry of each piece as in ``pool_entropic``, or None.
@@ -187,11 +193,12 @@ class _Problem:
         n: entries of a row.
     """
 
-    def __init__(self, pieces: _Pieces, n: int) -> None:
+    def __init__(self, pieces: _Pieces, value: Tensor, n: int) -> None:
         self.over, self.under, self.closed, self.s, self.w, self.begin = pieces
-        self.value = _means(pieces)
+        self.value = value
         self.first = torch.arange(self.over.numel(), device=self.over.device)
         self.last = self.first.clone()
+        self.alive = torch.ones_like(self.closed)
         self.gain: Tensor | None = None
         self.n = n
 
@@ -229,7 +236,7 @@ class _Problem:
         self.value[head] = mean
         if self.gain is not None:
             self.gain[head] = torch.bincount(run)
-        self.last[right] = take(tail, run)
+        self.alive[right] = False
         self.last[head] = tail
         self.first[tail] = head
         # the border left of a block is the one right of its neighbour, if that is new, too
@@ -241,55 +248,66 @@ class _Problem:
         return fresh.masked_select(wanted)
 
     def look_far(self, border: Tensor, heads: Tensor, rank: Tensor) -> Tensor:
-        """These borders, and those that would follow, if one side went on pooling with the other's neighbours."""
-        found = [border]
-        for step, block, neighbour in (
-            (1, self.first[border], border + 1),
-            (-1, border + 1, self.first[border]),
-        ):
-            # powers of two: few lengths to treat, and at most four times the work of what was gained
-            gain = torch.zeros_like(block) if self.gain is None else self.gain[block]
-            bits = (2 * gain).clamp_min_(2).to(torch.float64).log2_().ceil_()
-            for distance in bits.unique().tolist():
-                width = 2 ** int(distance)
-                chosen = (bits == distance).nonzero()[:, 0]
-                found += [
-                    self.absorbed(block[part], neighbour[part], heads, rank, width, step)
-                    for part in chosen.split(max(1, WINDOWS // width))
-                ]
-        every: Tensor = torch.cat(found).unique()
+        """These borders, and those that would follow, if one side went on pooling with the other's neighbours.
+
+        heads: first indices of the blocks at some earlier time, rising; rank: the place of a block there.
+        """
+        left, right = take(self.first, border), border + 1
+        block, neighbour = torch.cat((left, right)), torch.cat((right, left))
+        step = torch.ones_like(block)
+        step[len(border) :] = -1
+        gain = torch.ones_like(block) if self.gain is None else take(self.gain, block).clamp_min_(1)
+        # powers of two: few widths
+        bits = gain.to(torch.float64).log2_().ceil_().add_(2).long()
+        limit, most = 2**bits, 2 ** int(bits.max())
+        if len(block) * most <= WINDOWS:
+            groups = [(torch.arange(len(block), device=block.device), most)]
+        else:  # the wide ones apart
+            groups = [
+                (part, 2**power)
+                for power in bits.unique().tolist()
+                for part in (bits == power).nonzero()[:, 0].split(max(1, WINDOWS // 2**power))
+            ]
+        found = [
+            self.absorbed(block[part], neighbour[part], step[part], limit[part], heads, rank, width)
+            for part, width in groups
+        ]
+        every: Tensor = torch.cat((border, *found)).unique()
         return every
 
     def absorbed(
-        self, block: Tensor, neighbour: Tensor, heads: Tensor, rank: Tensor, distance: int, step: int
+        self,
+        block: Tensor,
+        neighbour: Tensor,
+        step: Tensor,
+        limit: Tensor,
+        heads: Tensor,
+        rank: Tensor,
+        width: int,
     ) -> Tensor:
-        """Borders that vanish when ``block`` pools with one neighbour after the other, to the right or left.
+        """Borders that vanish when ``block`` pools with one neighbour after the other.
 
-        heads: first indices of the blocks at some earlier time, rising; rank: the place of a block there. Beyond a
-        neighbour, only blocks that have not changed since, and that rise, are looked at.
+        step: 1 to the right, -1 to the left; limit: how many each may pool with, at most ``width``. A block of
+        ``heads`` that was taken in since ends the walk; two that were not are neighbours still, grown or not.
         """
-        place = rank[neighbour].unsqueeze(-1) + step * torch.arange(distance, device=rank.device)
-        inside = (place >= 0) & (place < len(heads))
+        step, away = step.unsqueeze(-1), torch.arange(width, device=rank.device)
+        place = take(rank, neighbour).unsqueeze(-1) + step * away
+        inside = (place >= 0) & (place < len(heads)) & (away < limit.unsqueeze(-1))
         chain = heads[place.clamp_(0, len(heads) - 1)]
-        end = self.last[chain]
-        value = self.value[chain]
-        here, there = (slice(None, -1), slice(1, None)) if step > 0 else (slice(1, None), slice(None, -1))
-        inside &= self.first[end] == chain
-        joined = (chain[:, there] == end[:, here] + 1) & ~self.closed[end[:, here]]
-        joined &= value[:, there] > value[:, here]
-        inside[:, 1:] &= joined
+        end, value = self.last[chain], self.value[chain]
+        border = torch.where(step > 0, chain - 1, end)
+        inside &= self.alive[chain] & ~self.closed[border]
         if self.s is None or self.w is None:
-            over = self.over[chain].cumsum(-1) + self.over[block].unsqueeze(-1)
-            under = self.under[chain].cumsum(-1) + self.under[block].unsqueeze(-1)
+            over = self.over[chain].cumsum(-1) + take(self.over, block).unsqueeze(-1)
+            under = self.under[chain].cumsum(-1) + take(self.under, block).unsqueeze(-1)
             mean = over / under
         else:
             mean = self.log_mass(self.over, self.s, block, chain) - self.log_mass(
                 self.under, self.w, block, chain
             )
-        before = torch.cat((self.value[block].unsqueeze(-1), mean[:, :-1]), -1)
-        inside &= before >= value if step > 0 else before <= value
-        inside = inside.cummin(-1).values
-        return (end if step < 0 else chain - 1)[inside]
+        before = torch.cat((take(self.value, block).unsqueeze(-1), mean[:, :-1]), -1)
+        inside &= torch.where(step > 0, before >= value, before <= value)
+        return border[inside.cummin(-1).values]
 
     def log_mass(self, mass: Tensor, exponent: Tensor, block: Tensor, chain: Tensor) -> Tensor:
         """log of the mass of block and chain, entry by entry of the chain."""
@@ -313,12 +331,12 @@ class _Problem:
             pool_one_by_one(inside.tolist(), first, last, value, over, under, closed, s, w)
             self.first[whole] = torch.tensor(first, device=self.first.device) + low
             self.last[whole] = torch.tensor(last, device=self.last.device) + low
+            own = torch.arange(low, high, device=self.first.device)
+            self.alive[whole] &= take(self.first, self.last[whole]) == own
 
     def heads(self) -> Tensor:
-        """First indices of the blocks, rising: those that the block that ends where they say still names."""
-        return (
-            take(self.first, self.last) == torch.arange(len(self.first), device=self.first.device)
-        ).nonzero()[:, 0]
+        """First indices of the blocks, rising."""
+        return self.alive.nonzero().squeeze(-1)
 
 
 def pool_one_by_one(
@@ -402,33 +420,35 @@ def _solve_as_given(
     if sequential is not None:
         return sequential.pool(y, w, weights, wall)
     pieces = _entries(y, w, weights, wall)
+    value = _means(pieces)
+    violating = _violations(value, pieces.closed)
     many = y.numel() > SMALL
     done = 0
-    while many and done < SHORT and (fewer := _condensed(pieces)):
+    while many and done < SHORT and (fewer := _condensed(pieces, violating)):
         pieces, done = fewer, done + 1
-    problem = _Problem(pieces, shape[-1])
-    border = (~problem.closed).nonzero().squeeze(-1)
+        value = _means(pieces)
+        violating = _violations(value, pieces.closed)
+    n = shape[-1]
+    problem = _Problem(pieces, value, n)
+    border = violating.nonzero().squeeze(-1)
     for turn in range(done, ROUNDS if many else 0):
-        border = problem.violators(border)
         if border.numel() == 0:
             break
         if turn >= SHORT:
             if (turn - SHORT) % REFRESH == 0:
-                heads = problem.heads()
-                rank = torch.empty_like(problem.first)
-                rank[heads] = torch.arange(len(heads), device=heads.device)
+                heads, rank = problem.heads(), problem.alive.cumsum(0).sub_(1)
             border = problem.look_far(border, heads, rank)
             if problem.gain is None:
                 problem.gain = torch.zeros_like(problem.first)
-        border = problem.merge(border)
+        border = problem.violators(problem.merge(border))
     if border.numel():
         problem.finish(border)
-    begin = take(pieces.begin, problem.heads())
-    size = torch.cat((begin[1:], begin.new_tensor([y.numel()]))) - begin
-    row = begin // problem.n * problem.n
-    block = torch.repeat_interleave(size, output_size=y.numel())
-    first = begin.sub_(row)
-    return take(first, block).view(shape), take(first + size - 1, block).view(shape)
+    first = take(pieces.begin, problem.heads())
+    end = torch.cat((first[1:], first.new_tensor([y.numel()])))
+    block = torch.repeat_interleave(end - first, output_size=y.numel())
+    before = torch.arange(y.numel() // n, device=y.device).mul_(n).unsqueeze(-1)  # entries of the rows above
+    first, last = (take(place, block).view(-1, n).sub_(before).view(shape) for place in (first, end - 1))
+    return first, last
 
 
 _solve_op = torch.library.custom_op("couplings::pool_adjacent_violators", _solve, mutates_args=())
