@@ -1,4 +1,4 @@
-"""soft_rank, soft_sort and soft_quantile against OTT-JAX, torchsort, softtorch and torch.sort."""
+"""soft_rank, soft_sort and soft_quantile against OTT-JAX, torchsort, fast-soft-sort, softtorch and torch.sort."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def against_ott(rows: list[Measured]) -> list[Figure]:
 @case("ordering_ranks", "Soft ranks by transport, forward, float32", against_ott)
 def ranks(quick: bool) -> Iterator[Setting]:
     """Error: largest distance of a rank over n from a dense float64 Newton solve on the same squashed scores; OTT-JAX
-    gets the standardised and squashed scores and stops at a marginal error of 1e-5. torchsort and softtorch solve
-    other problems and stand for time only.
+    gets the standardised and squashed scores and stops at a marginal error of 1e-5. torchsort, fast-soft-sort and
+    softtorch solve other problems and stand for time only.
     """
     for shape, epsilons in (((1, 2048), (1e-1, 1e-2, 1e-3)), ((16, 512), (1e-2,))):
         x = torch.randn(shape)
@@ -71,8 +71,18 @@ def ranks(quick: bool) -> Iterator[Setting]:
                 soft = libraries.library("torchsort", "torchsort").soft_rank
                 return Contender("torchsort l2", lambda: soft(x, regularization_strength=0.1), "peer")
 
+            def fast_soft_sort(x: Tensor = x) -> Contender:
+                soft = libraries.library("fast_soft_sort.pytorch_ops", "fast-soft-sort").soft_rank
+                return Contender("fast-soft-sort l2", lambda: soft(x, regularization_strength=0.1), "peer")
+
+            def softtorch(x: Tensor = x, e: float = epsilon) -> Contender:
+                run = libraries.softtorch_rank(squashed(x).float(), e, "ot")
+                return Contender("softtorch rank, ot", run, "peer", note="its own scale of softness")
+
             setting.add(ott, "OTT-JAX")
             setting.add(torchsort, "torchsort")
+            setting.add(fast_soft_sort, "fast-soft-sort")
+            setting.add(softtorch, "softtorch")
             yield setting
 
 

@@ -156,6 +156,17 @@ def softtorch_topk(x: Tensor, k: int, softness: float, method: str) -> tuple[Ten
     return found.values, found.indices
 
 
+def softtorch_rank(x: Tensor, softness: float, method: str) -> Callable[[], Tensor]:
+    """Softtorch's ranks, rising; its own relaxation."""
+    rank = library("softtorch", "softtorch (Python >= 3.12)").rank
+
+    def run() -> Tensor:
+        found: Tensor = rank(x, dim=-1, softness=softness, method=method, descending=False, standardize=False)
+        return found
+
+    return run
+
+
 def diffsort_permutation(network: str, size: int, steepness: float) -> Callable[[Tensor], Tensor]:
     """diffsort's sorting network with Cauchy swaps: scores (rows, n) to matrices (rows, n, n), places first as ours."""
     net = library("diffsort", "diffsort").DiffSortNet(
