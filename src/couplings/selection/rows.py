@@ -83,21 +83,26 @@ def prepare(
         return rows
     # products with 1 / std**2 leave the range of float32: measure such rows in a power of two near their deviation
     unit = torch.where(extreme, torch.exp2(std.log2().round().clamp(-126, 126)), 1.0)
-    return _measure(x / unit, mask, rows.weights, True, constant)._replace(unit=unit)
+    return _measure(x / unit, mask, rows.weights, True, constant, unit)
 
 
 _EXTREME = 1e-8
 
 
 def _measure(
-    x: Tensor, mask: Tensor | None, weights: Tensor | None, standardize: bool, constant: bool
+    x: Tensor,
+    mask: Tensor | None,
+    weights: Tensor | None,
+    standardize: bool,
+    constant: bool,
+    unit: Tensor | None = None,
 ) -> Rows:
     if weights is not None:  # only their ratios matter
         most = weights.detach().amax(-1, keepdim=True)
         weights = weights / torch.where(most > 0, most, 1.0)
     if not standardize:
         return Rows(x, mask, weights, x.new_zeros((*x.shape[:-1], 1)), x.new_ones((*x.shape[:-1], 1)), False)
-    return Rows(x, mask, weights, *mean_std(x, weights, mask, constant=constant), True, constant)
+    return Rows(x, mask, weights, *mean_std(x, weights, mask, constant=constant), True, constant, unit)
 
 
 def logit_scale(rows: Rows, epsilon: Real, numerator: float) -> Tensor:

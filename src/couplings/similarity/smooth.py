@@ -46,7 +46,7 @@ class SmoothMaxSim(RowFunction):
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         wanted = ctx.needs_input_grad
         grads = apply(_Gradient, cotangent, *ctx.saved_tensors, wanted[0], wanted[1], ctx.limit)
-        return *(grad if want else None for grad, want in zip(grads, wanted, strict=False)), None, None, None
+        return *(grad if want else None for grad, want in zip(grads, wanted)), None, None, None
 
 
 class _Gradient(RowFunction):

@@ -458,7 +458,7 @@ def _backward_op(
     tensors: list[Tensor], power: float, single: bool, even: bool, straight: bool, masses: bool, targets: bool
 ) -> list[Tensor]:
     found = _pull_back(tensors, Setting(power, single, even, straight), masses, targets, _Memory())
-    return [grad.to(t.dtype, copy=True) for grad, t in zip(found, tensors, strict=False)]
+    return [grad.to(t.dtype, copy=True) for grad, t in zip(found, tensors)]
 
 
 @_backward_op.register_fake
@@ -500,7 +500,7 @@ class _Order(RowFunction):
         masses, targets = wanted[1] or wanted[5], any(wanted[place] for place in (2, 3, 4, 6))
         given = (*ctx.saved_tensors, ranks_grad, values_grad, *ctx.setting)
         grads = apply(_OrderGradient, *given, masses, targets, ctx.memory)
-        return *(grad if need else None for grad, need in zip(grads, wanted, strict=False)), *(None,) * 5
+        return *(grad if need else None for grad, need in zip(grads, wanted)), *(None,) * 5
 
 
 class _OrderGradient(RowFunction):
@@ -559,7 +559,7 @@ class _SecondDerivative(RowFunction):
                 materialize_grads=True,
             )
             found = torch.autograd.grad(first, flat, second, materialize_grads=True)
-        return tuple(grad.detach().reshape(t.shape) for grad, t in zip(found, tensors, strict=False))
+        return tuple(grad.detach().reshape(t.shape) for grad, t in zip(found, tensors))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -351,6 +351,4 @@ class _SoftThreshold(RowFunction):
         grads = by_rows(
             _pull_back, x, scale, weights, mask, centre, mean, std, plan, variance, plan_grad, variance_grad
         )
-        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), *[
-            None
-        ] * 7
+        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad)), *[None] * 7
