@@ -72,9 +72,11 @@ def forward_figures(rows: list[Measured]) -> list[Figure]:
         found.append(
             Figure(f"{where}: ours / {PRODUCT}", quotient(rows, where, OURS, PRODUCT), bound, at_most=True)
         )
-    for sizes in (SQUARE, SEARCH):
-        where = label(sizes)
-        found.append(Figure(f"{where}: smooth / hard", quotient(rows, where, SMOOTH, OURS), 2, at_most=True))
+    for dtype in (torch.float32, torch.bfloat16):
+        for sizes in (SQUARE, SEARCH):
+            where = label(sizes, dtype)
+            ratio = quotient(rows, where, SMOOTH, OURS)
+            found.append(Figure(f"{where}: smooth / hard", ratio, 2, at_most=True))
     where = label(SEARCH)
     return [*found, Figure(f"{where}: {PEER} / ours", quotient(rows, where, PEER, OURS), 1.5, at_most=False)]
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from couplings.similarity import maxsim
+from couplings.similarity import chamfer, maxsim
 from couplings.testing.similarity import maxsim_by_pairs
 
 FORMS = {"hard": {}, "smooth": {"temperature": 0.3}, "xtr": {"topk": 5}}
@@ -198,19 +198,106 @@ def test_autocast_changes_nothing(form):
 
 
 @forms
-def test_memory_stays_within_outputs_winners_and_tiles(form):
-    q, x = torch.randn(16, 32, 16, requires_grad=True), torch.randn(32, 200, 16, requires_grad=True)
-    grid, tile = 16 * 32 * 32 * 200 * 4, 2**18
-    held = 16 * 32 * 32 * 4  # winners
+@pytest.mark.parametrize("ragged", [False, True])
+def test_autocast_brings_mixed_dtypes_together(form, ragged):
+    """A network's output in bfloat16 meets stored float32 vectors in float32; outside autocast that stays an error."""
+    q, x = torch.randn(3, 4, 5), torch.randn(4, 6, 5)
+    layer = torch.nn.Linear(5, 5)
+
+    def score(function):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            tokens = layer(q)
+            return tokens, function(tokens, list(x) if ragged else x)
+
+    tokens, found = score(lambda a, b: maxsim(a, b, **FORMS[form]))
+    assert tokens.dtype == torch.bfloat16
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, maxsim(tokens.float(), list(x) if ragged else x, **FORMS[form]))
+    swapped = score(lambda a, b: maxsim(b, a, **FORMS[form]))[1]
+    torch.testing.assert_close(swapped, maxsim(list(x) if ragged else x, tokens.float(), **FORMS[form]))
+    if form != "xtr":
+        both = score(lambda a, b: chamfer(a, b, **FORMS[form]))[1]
+        torch.testing.assert_close(both, chamfer(tokens.float(), list(x) if ragged else x, **FORMS[form]))
+    found.sum().backward()
+    assert layer.weight.grad.isfinite().all()
+    with pytest.raises(TypeError, match="documents: expected dtype bfloat16"):
+        maxsim(tokens, list(x) if ragged else x, **FORMS[form])
+
+
+@given(seed=seeds, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
+def test_smooth_maximum_at_any_temperature(seed, dtype):
+    """Logits from near 0, which are exponentiated as they are, to thousands; a tile holds both kinds."""
+    q, x, qm, dm, g = draw(seed, dtype)
+    x = x * torch.tensor([1e-2, 1.0, 30.0])[torch.randint(3, (len(x), 1, 1), generator=g)].to(dtype)
+    leaves = q.requires_grad_(), x.requires_grad_()
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    options = {"query_mask": qm, "document_mask": dm}
+    t = [1.0, 0.1, 0.01, 1e-3][seed % 4]
+    found = maxsim(*leaves, temperature=t, dtype=torch.promote_types(dtype, torch.float32), **options)
+    expected = maxsim_by_pairs(*wide, qm, dm, temperature=t)
+    tight = {"atol": 1e-11, "rtol": 1e-11} if dtype == torch.float64 else {"atol": 2e-5, "rtol": 2e-6}
+    torch.testing.assert_close(found.double(), expected, **tight)
+    for one, alone in enumerate(x.detach().unsqueeze(1)):
+        mask = dm[one : one + 1]
+        single = maxsim(q, alone, query_mask=qm, document_mask=mask, temperature=t, dtype=found.dtype)
+        torch.testing.assert_close(single, found[:, one : one + 1], **tight)
+    for grad in torch.autograd.grad(found.sum(), leaves):
+        assert grad.isfinite().all()
+
+
+def peak_bytes(function):
+    """Most bytes that were allocated at a time in a call, less those that were there before."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        maxsim(q, x, chunk_bytes=tile, **FORMS[form]).sum().backward()
+        kept = function()
     level = peak = 0
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         level += event.nbytes()
         peak = max(peak, level)
+    del kept
+    return peak
+
+
+@forms
+def test_memory_stays_within_outputs_winners_and_tiles(form):
+    q, x = torch.randn(16, 32, 16, requires_grad=True), torch.randn(32, 200, 16, requires_grad=True)
+    grid, tile = 16 * 32 * 32 * 200 * 4, 2**18
+    held = 16 * 32 * 32 * 4  # winners
+    peak = peak_bytes(lambda: maxsim(q, x, chunk_bytes=tile, **FORMS[form]).sum().backward())
     outputs = 4 * (16 * 32 * 16 + 32 * 200 * 16)
     blocks = {"hard": 6, "smooth": 2, "xtr": 8}[form]
     assert peak <= 2 * held + 2 * outputs + blocks * tile
     assert peak < grid / 3
+
+
+@independent
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_forward_holds_scores_winners_and_one_tile(form, masked, dtype):
+    q, x = torch.randn(16, 32, 16, dtype=dtype), torch.randn(64, 200, 16, dtype=dtype)
+    mask = torch.rand(64, 200) > 0.2 if masked else None
+    tile, grid = 2**20, 16 * 32 * 64 * 200 * 4
+    scores, winners = 16 * 64 * 4, 16 * 32 * 64 * 4  # of the smooth maximum: a value for each query token
+    operands = 16 * 32 * 16 * 4  # the queries in the dtype of the sums
+    peak = peak_bytes(
+        lambda: maxsim(q.requires_grad_(), x, document_mask=mask, chunk_bytes=tile, **FORMS[form])
+    )
+    # bfloat16's winners are scored again: their vectors lie beside the tile, which is half as wide
+    tiles = 1.5 if form == "hard" and dtype == torch.bfloat16 else 1.1
+    assert tile / 2 < peak <= 3 * scores + winners + 2 * operands + tiles * tile
+    assert peak < grid / 10
+
+
+@given(seed=seeds)
+def test_smooth_gradients_at_any_temperature(seed):
+    """Shares of every size, down to those that are cut off, against autograd through the definition."""
+    q, x, qm, dm, g = draw(seed)
+    x = x * torch.tensor([1e-2, 1.0, 30.0])[torch.randint(3, (len(x), 1, 1), generator=g)]
+    options = {"query_mask": qm, "document_mask": dm, "temperature": [1.0, 0.1, 0.01, 1e-3][seed % 4]}
+    grads = []
+    for function in (maxsim, maxsim_by_pairs):
+        leaves = [t.clone().requires_grad_() for t in (q, x)]
+        grads.append(torch.autograd.grad(function(*leaves, **options).sum(), leaves))
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-10)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from couplings import _checks
-from couplings._autocast import full_precision
+from couplings._autocast import autocasts, full_precision
 from couplings._rowwise import apply, seen
 from couplings.similarity import ragged
 from couplings.similarity.hard import MaxSim
@@ -75,8 +75,9 @@ def maxsim(
         empty: the score of a document all of whose tokens are masked, or of which nothing is retrieved; for example 0
             or -inf.
         chunk_bytes: size of a tile of the token grid. None follows the processor's caches.
-        dtype: of the result; None is the inputs'. Similarities are summed in float32 at least and rounded once, but
-            scores of about 30 are 0.125 apart in bfloat16: pass torch.float32 to rank.
+        dtype: of the result; None is the inputs' (the wider one, where autocast lets two meet). Similarities are
+            summed in float32 at least and rounded once, but scores of about 30 are 0.125 apart in bfloat16: pass
+            torch.float32 to rank.
 
     Returns:
         (\*batch, Nq, Nd), (\*batch) with ``"pairwise"``, (\*batch, K) with ``"candidates"``. Among equal maxima the
@@ -100,6 +101,7 @@ def maxsim(
     """
     options = _check_options(layout, reduction, normalize, temperature, topk, empty, chunk_bytes, dtype)
     names = ("queries", "documents")
+    queries, documents = _agreed(queries, documents)
     scores = _filled(*_scores(queries, documents, query_mask, document_mask, options, names), options.empty)
     return scores.to(dtype or _dtype(queries))
 
@@ -151,6 +153,7 @@ def chamfer(
     """
     _checks.choice("layout", layout, LAYOUTS[:2])
     options = _check_options(layout, reduction, normalize, temperature, None, empty, chunk_bytes, dtype)
+    x, y = _agreed(x, y)
     there, no_y = _scores(x, y, x_mask, y_mask, options, ("x", "y"))
     back, no_x = _scores(y, x, y_mask, x_mask, options, ("y", "x"))
     if layout == "all_pairs":
@@ -161,6 +164,21 @@ def chamfer(
 
 def _dtype(tokens: Tokens) -> torch.dtype:
     return tokens.dtype if isinstance(tokens, Tensor) else tokens[0].dtype
+
+
+def _agreed(queries: Tokens, documents: Tokens) -> tuple[Tokens, Tokens]:
+    """Under autocast tokens of two dtypes meet in the wider one, which loses nothing; elsewhere they are an error."""
+    left, right = (one[0] if ragged.is_ragged(one) and one else one for one in (queries, documents))
+    if not (
+        isinstance(left, Tensor)
+        and isinstance(right, Tensor)
+        and left.dtype != right.dtype
+        and {left.dtype, right.dtype} <= {*_checks.REAL}
+        and autocasts(left)
+    ):
+        return queries, documents
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return ragged.cast(queries, dtype), ragged.cast(documents, dtype)
 
 
 def _filled(scores: Tensor, void: Tensor | None, empty: float) -> Tensor:

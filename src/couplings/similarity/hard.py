@@ -226,11 +226,11 @@ def _maxima(
     dtype = working(product.dtype)
     values = torch.empty(items, total, rows, dtype=dtype, device=queries.device)
     index = torch.empty(items, total, rows, dtype=torch.int64, device=queries.device) if where else None
-    right = product.operand(documents)
+    right = product.operand(documents, product.documents)
     for start in range(0, rows, height):
         at = slice(start, min(rows, start + height))
         left = queries[:, at]
-        grid = product(right, product.operand(left))
+        grid = product(right, product.operand(left, product.queries))
         if live is not None:
             hide(grid, live.reshape(-1, tokens))
         value, place = best(grid, where or product.rounds)

@@ -41,6 +41,15 @@ def is_ragged(tokens: object) -> bool:
     return isinstance(tokens, (list, tuple))
 
 
+def cast(tokens: Tokens, dtype: torch.dtype) -> Tokens:
+    """Any form of tokens in another dtype; offsets stay."""
+    if isinstance(tokens, Tensor):
+        return tokens.to(dtype)
+    if not all(isinstance(one, Tensor) for one in tokens):
+        return tokens  # what is wrong with them is said elsewhere
+    return type(tokens)(one.to(dtype) if one.is_floating_point() else one for one in tokens)
+
+
 def read(name: str, tokens: object, mask: object) -> Ragged:
     """Check either ragged form and its mask."""
     tokens = tuple(tokens) if isinstance(tokens, (list, tuple)) else ()

@@ -1,7 +1,7 @@
 """The smooth maximum: base-2 log-sum-exp over a document's tokens, never the grid (README.md, "Smooth maximum").
 
-Base 2, since exp2 is three times as fast as exp on a CPU and does not slow down where it underflows. Nothing is kept
-for the backward pass: a tile holds whole documents, so its weights are made again from its products.
+Base 2, since exp2 stays fast on a CPU where it underflows to 0, which exp does not. Nothing is kept for the backward
+pass: a tile holds whole documents, so its weights are made again from its products.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from torch import Tensor
 
 from couplings._autocast import full_precision
 from couplings._rowwise import RowFunction, apply
-from couplings.similarity.tiles import Products, budget, hide, tiles, working
+from couplings.similarity.tiles import ROWS, Products, Scratch, budget, hide, tiles, working
+from couplings.transport._progress import any_true
 
 LN2 = math.log(2)
+
+NEAR = 32
+"""The largest logit is brought into [-32, 32]: 2^32 does not overflow, and beside 2^-32 what underflows is nothing."""
+
+FLOOR = -96
+"""A logit that far below the largest has no share in the gradient: 2^-96 is nothing, and products with denormal
+numbers take ten times as long."""
 
 
 class SmoothMaxSim(RowFunction):
@@ -161,9 +169,16 @@ class _Work:
         )
         self.queries, self.documents = self.of_queries(queries), self.of_documents(documents)
         self.product = Products(self.dtype, self.device)
+        self.loaded = self.scratch()
         size = self.items * self.total * self.tokens * self.rows
         width, limit = self.tokens * self.dtype.itemsize, budget(limit, queries.device)
+        if documents.dtype != self.dtype and size:  # the documents' copy wants its place in the cache, too
+            width += width * self.dim // min(self.rows, ROWS)
         self.tiles = list(tiles(self.items, self.total, width, self.rows, limit) if size else ())
+
+    def scratch(self) -> Scratch:
+        """Room for tiles of documents."""
+        return Scratch(self.dtype, self.device)
 
     def zeros(self, *shape: int) -> Tensor:
         """An output that tiles are added to."""
@@ -179,23 +194,44 @@ class _Work:
         return x.reshape(self.items, self.total, self.tokens, self.dim)
 
     def tile(self, x: Tensor, at: tuple[slice, slice]) -> Tensor:
-        """A tile of documents, 0 where masked."""
-        x = x[at].to(self.dtype)
-        return x if self.live is None else x.masked_fill(~self.live[at].unsqueeze(-1), 0)
+        """A tile of documents with whatever stands where they are masked, valid until the next one."""
+        x = x[at]
+        return x if x.dtype == self.dtype else self.loaded.copy(x)
 
-    def weights(self, documents: Tensor, queries: Tensor, at: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
-        """exp2 of the products less their maximum over tokens, (pairs, Ld, r), and that maximum (pairs, 1, r)."""
+    def clean(self, x: Tensor, at: tuple[slice, slice], scratch: Scratch) -> Tensor:
+        """A tile of documents, 0 where masked, valid until the next one in this scratch."""
+        x = x[at]
+        if self.live is None and x.dtype == self.dtype:
+            return x
+        x = scratch.copy(x)
+        if self.live is not None:
+            hide(x.flatten(0, 1), self.live[at].reshape(-1, self.tokens), 0)
+        return x
+
+    def logits(self, documents: Tensor, queries: Tensor, at: tuple[slice, slice]) -> tuple[Tensor, Tensor]:
+        """Products, (pairs, Ld, r), -inf where masked, and their maximum over tokens (pairs, 1, r), 0 if all are."""
         grid = self.product(documents, queries)
         if self.live is not None:
             hide(grid, self.live[at].reshape(-1, self.tokens))
         top = grid.amax(1, keepdim=True)
         if self.live is not None:
             top.masked_fill_(top == -torch.inf, 0)  # a document without tokens
-        return grid.sub_(top).exp2_(), top
+        return grid, top
+
+    def log_sums(self, documents: Tensor, queries: Tensor, at: tuple[slice, slice]) -> Tensor:
+        """log2 sum_l 2^z_l of the products z, (pairs, r)."""
+        grid, top = self.logits(documents, queries, at)
+        shift = torch.nn.functional.softshrink(top, NEAR)
+        if any_true(
+            shift
+        ):  # taking 0 away changes no bit: whether it is done may depend on the others in a tile
+            grid.sub_(shift)
+        return grid.exp2_().sum(1).log2_() + shift.squeeze(1)
 
     def shares(self, documents: Tensor, queries: Tensor, at: tuple[slice, slice], total: Tensor) -> Tensor:
-        """The weights scaled to sum to ``total`` (items, n, r) over each document; 0 in one without tokens."""
-        weights, _ = self.weights(documents, queries, at)
+        """Weights 2^z scaled to sum to ``total`` (items, n, r) over each document; 0 in one without tokens."""
+        grid, top = self.logits(documents, queries, at)
+        weights = torch.nn.functional.threshold(grid.sub_(top), FLOOR, -torch.inf, inplace=True).exp2_()
         mass = weights.sum(1, keepdim=True)
         if self.live is not None:
             mass.masked_fill_(mass == 0, 1)
@@ -231,8 +267,7 @@ def _score(
             right = work.tile(work.documents, at)
             for start in range(0, work.rows, height):
                 rows = slice(start, start + height)
-                weights, top = work.weights(right, work.queries[items, rows], at)
-                value = (weights.sum(1).log2_() + top.squeeze(1)).view(*right.shape[:2], -1)
+                value = work.log_sums(right, work.queries[items, rows], at).view(*right.shape[:2], -1)
                 if work.live is not None:
                     value.masked_fill_(~work.live[at].any(-1, keepdim=True), 0)
                 values[items, some, rows] = value
@@ -260,7 +295,7 @@ def _gradient(
         g = work.spread(cotangent)
         for items, some, height in work.tiles:
             at = items, some
-            right = work.tile(work.documents, at)
+            right = work.clean(work.documents, at, work.loaded)
             flat = right.flatten(1, 2)
             part = torch.zeros_like(flat) if for_documents else None
             for start in range(0, work.rows, height):
@@ -294,14 +329,15 @@ def _second(
     with full_precision(queries):
         work = _Work(queries, documents, query_mask, document_mask, limit)
         aside, turned = work.of_queries(along_queries), work.of_documents(along_documents)
-        moved = Products(work.dtype, work.device)
+        moved, turned_scratch = Products(work.dtype, work.device), work.scratch()
         values = work.zeros(work.total, work.rows)
         grad_q = work.zeros(work.rows, work.dim)
         grad_d = work.zeros(work.total, work.tokens, work.dim)
         g = work.spread(cotangent)
         for items, some, height in work.tiles:
             at = items, some
-            right, along_right = work.tile(work.documents, at), work.tile(turned, at)
+            right = work.clean(work.documents, at, work.loaded)
+            along_right = work.clean(turned, at, turned_scratch)
             flat = right.flatten(1, 2)
             along_flat = along_right.reshape(flat.shape)
             part = torch.zeros_like(flat)

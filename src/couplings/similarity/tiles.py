@@ -7,6 +7,7 @@ the middle dimension, so that a reduction over them is vectorised over query tok
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -94,18 +95,38 @@ def grid_dtype(queries: Tensor, documents: Tensor) -> torch.dtype:
     return torch.promote_types(working(queries.dtype), working(documents.dtype))
 
 
+class Scratch:
+    """Memory that tile after tile is written to: pages fresh from the system cost more than the numbers on them."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.memory = torch.empty(0, dtype=dtype, device=device)
+
+    def view(self, *shape: int) -> Tensor:
+        """A tensor of any content, valid until the next call."""
+        size = math.prod(shape)
+        if self.memory.numel() < size:
+            self.memory = self.memory.new_empty(size)
+        return self.memory[:size].view(shape)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """``x`` in this dtype, valid until the next call."""
+        return self.view(*x.shape).copy_(x)
+
+
 class Products:
     """Fills one buffer with the inner products of tile after tile."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self.device = device
         self.rounds = dtype == torch.bfloat16
-        self.buffer = torch.empty(0, dtype=dtype, device=device)
+        self.grid = Scratch(dtype, device)
+        self.documents = Scratch(dtype, device)
+        self.queries = Scratch(dtype, device)
 
-    def operand(self, x: Tensor) -> Tensor:
-        """A tile of queries or documents in the dtype that it is multiplied in."""
-        return x if x.dtype == self.dtype or (x.is_cuda and x.dtype in HALF) else x.to(self.dtype)
+    def operand(self, x: Tensor, scratch: Scratch) -> Tensor:
+        """A tile in the dtype that it is multiplied in, valid until the next one in this scratch."""
+        return x if x.dtype == self.dtype or (x.is_cuda and x.dtype in HALF) else scratch.copy(x)
 
     def __call__(self, documents: Tensor, queries: Tensor) -> Tensor:
         """(items, n, Ld, d) documents and (items, r, d) queries to (items n, Ld, r), valid until the next call."""
@@ -114,10 +135,7 @@ class Products:
         left, right = documents.reshape(items, count * length, dim), queries.mT
         if left.dtype != self.dtype:  # CUDA, half operands of one kind
             return torch.bmm(left, right, out_dtype=self.dtype).view(items * count, length, rows)
-        size = items * count * length * rows
-        if self.buffer.numel() < size:
-            self.buffer = torch.empty(size, dtype=self.dtype, device=self.device)
-        out = self.buffer[:size].view(items, count * length, rows)
+        out = self.grid.view(items, count * length, rows)
         if items == 1:
             torch.mm(left[0], right[0], out=out[0])
         else:
@@ -125,12 +143,12 @@ class Products:
         return out.view(items * count, length, rows)
 
 
-def hide(grid: Tensor, mask: Tensor) -> Tensor:
-    """Write -inf over the tokens (pairs, Ld) that do not take part, whatever stands there, NaN included."""
+def hide(grid: Tensor, mask: Tensor, value: float = -torch.inf) -> Tensor:
+    """Write over the tokens (pairs, Ld) that do not take part, whatever stands there, NaN included."""
     if grid.device.type != "cpu":
-        return grid.masked_fill_(~mask.unsqueeze(-1), -torch.inf)
+        return grid.masked_fill_(~mask.unsqueeze(-1), value)
     hidden = mask.logical_not().view(-1).nonzero().view(-1)  # touches these rows only
-    grid.view(-1, grid.shape[-1]).index_fill_(0, hidden, -torch.inf)
+    grid.view(-1, grid.shape[-1]).index_fill_(0, hidden, value)
     return grid
 
 
