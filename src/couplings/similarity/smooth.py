@@ -25,8 +25,7 @@ NEAR = 32
 """The largest logit is brought into [-32, 32]: 2^32 does not overflow, and beside 2^-32 what underflows is nothing."""
 
 FLOOR = -96
-"""A logit that far below the largest has no share in the gradient: 2^-96 is nothing, and products with denormal
-numbers take ten times as long."""
+"""Below it a shifted logit counts for nothing, as 2^-96 does: denormal numbers take ten times as long."""
 
 
 class SmoothMaxSim(RowFunction):
@@ -226,12 +225,17 @@ class _Work:
             shift
         ):  # taking 0 away changes no bit: whether it is done may depend on the others in a tile
             grid.sub_(shift)
-        return grid.exp2_().sum(1).log2_() + shift.squeeze(1)
+        return self.powers(grid).sum(1).log2_() + shift.squeeze(1)
+
+    @staticmethod
+    def powers(logits: Tensor) -> Tensor:
+        """2^z in place, 0 below the floor."""
+        return torch.nn.functional.threshold(logits, FLOOR, -torch.inf, inplace=True).exp2_()
 
     def shares(self, documents: Tensor, queries: Tensor, at: tuple[slice, slice], total: Tensor) -> Tensor:
         """Weights 2^z scaled to sum to ``total`` (items, n, r) over each document; 0 in one without tokens."""
         grid, top = self.logits(documents, queries, at)
-        weights = torch.nn.functional.threshold(grid.sub_(top), FLOOR, -torch.inf, inplace=True).exp2_()
+        weights = self.powers(grid.sub_(top))
         mass = weights.sum(1, keepdim=True)
         if self.live is not None:
             mass.masked_fill_(mass == 0, 1)
