@@ -221,9 +221,8 @@ class _Work:
         """log2 sum_l 2^z_l of the products z, (pairs, r)."""
         grid, top = self.logits(documents, queries, at)
         shift = torch.nn.functional.softshrink(top, NEAR)
-        if any_true(
-            shift
-        ):  # taking 0 away changes no bit: whether it is done may depend on the others in a tile
+        # taking 0 away changes no bit: whether it is done may depend on the others in a tile
+        if any_true(shift):
             grid.sub_(shift)
         return self.powers(grid).sum(1).log2_() + shift.squeeze(1)
 
