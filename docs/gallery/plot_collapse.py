@@ -39,8 +39,8 @@ for axes, (name, (x1, x2)) in zip(grid, scenarios.items()):
 # Training from exact collapse
 # ----------------------------
 # Two views of 64 objects, an encoder whose last layer has zero weight and a constant bias: every output is the
-# same vector, bit for bit. The CLIP loss alone never moves. With the guard the rows part, its share of the loss
-# is soon zero, and the CLIP loss does the rest.
+# same vector, bit for bit. The CLIP loss alone never moves. With the guard the rows part in all
+# directions, its share of the loss is soon zero, and the CLIP loss does the rest.
 
 objects = torch.randn(64, 16, generator=draw)
 views = [objects + 0.3 * torch.randn(64, 16, generator=draw) for _ in range(2)]

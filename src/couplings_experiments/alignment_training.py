@@ -29,6 +29,8 @@ class Variant:
         loss: its name in `couplings.losses`.
         rate: of learning.
         guard: weight of the guard, where there is one.
+        alone: the guard is followed alone until it is 0: for losses of scores themselves, which at collapse move all
+            rows together. Losses of differences of scores have no gradient there, and are added.
         options: of the loss.
         learned: those of the options that are first values of parameters.
     """
@@ -39,16 +41,23 @@ class Variant:
     guard: float
     options: dict[str, Any]
     learned: tuple[str, ...] = ()
+    alone: bool = False
 
 
 # Rates, temperatures and weights were chosen on validation images: `couplings reproduce alignment-search`.
 VARIANTS = {
     "n-pairs": Variant("N-pairs", "n_pairs_loss", 3e-3, 3.0, {"temperature": 0.2}),
     "info-nce": Variant("InfoNCE", "info_nce_loss", 3e-3, 1.0, {"temperature": 0.2}),
-    "clip": Variant("CLIP", "clip_loss", 3e-3, 0.3, {"temperature": 0.1}, ("temperature",)),
+    "clip": Variant("CLIP", "clip_loss", 3e-3, 1.0, {"temperature": 0.1}, ("temperature",)),
     "nt-xent": Variant("NT-Xent", "nt_xent_loss", 1e-3, 1.0, {"temperature": 0.1}),
     "sigmoid": Variant(
-        "SigLIP", "sigmoid_loss", 1e-3, 30.0, {"temperature": 0.1, "bias": -10.0}, ("temperature", "bias")
+        "SigLIP",
+        "sigmoid_loss",
+        1e-3,
+        3.0,
+        {"temperature": 0.1, "bias": -10.0},
+        ("temperature", "bias"),
+        alone=True,
     ),
     # -1/T - log(pairs): with this bias equal vectors pull at nothing but the differences between them
     "sigmoid-low": Variant(
@@ -58,9 +67,10 @@ VARIANTS = {
         10.0,
         {"temperature": 0.1, "bias": -15.0},
         ("temperature", "bias"),
+        alone=True,
     ),
     "triplet": Variant("triplet", "triplet_loss", 1e-3, 0.3, {"margin": 0.4, "symmetric": True}),
-    "cosine-target": Variant("cosine target", "cosine_target_loss", 1e-3, 0.3, {"balance": 0.3}),
+    "cosine-target": Variant("cosine target", "cosine_target_loss", 1e-3, 0.1, {"balance": 0.3}, alone=True),
 }
 
 
@@ -270,7 +280,8 @@ def objective(
     if start.guarded:
         # the spread is that of all rows, wherever they are
         everything = (cp.distributed.gather(side) for side in (left, right))
-        loss = loss + variant.guard * cp.losses.collapse_guard(*everything)
+        guard = variant.guard * cp.losses.collapse_guard(*everything)
+        loss = torch.where(guard > 0, guard, loss) if variant.alone else loss + guard
     return loss
 
 

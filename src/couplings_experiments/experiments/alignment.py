@@ -325,7 +325,7 @@ def _settings(result: dict[str, Any]) -> list[Block]:
                 variant.label,
                 ", ".join(options) or "–",
                 f"{variant.rate:g}",
-                f"{variant.guard:g}",
+                f"{variant.guard:g}, {'alone' if variant.alone else 'added'}",
                 f"{seconds:.1f}",
             )
         )
@@ -338,14 +338,15 @@ def _settings(result: dict[str, Any]) -> list[Block]:
             f"{used['epochs']} epochs, steps of {used['pairs']} pairs, cosine decay of the learning rate, float64, "
             "so that any number of processes gives the same table. Collapsed start: last layers with weight 0 and "
             f"constant bias {shape['hidden'] ** -0.5:.3f}, so that all vectors are the same bit for bit; everything "
-            "else as in the healthy start. Learning rates, temperatures and the guard's weight were chosen on "
-            "validation images: the experiment alignment-search compares them with others."
+            "else as in the healthy start. The guard is added, or followed alone, without the loss, until it is 0. "
+            "Learning rates, temperatures and the guard's weight were chosen on validation images: the experiment "
+            "alignment-search compares them with others."
         ),
         Table(
             caption=SETTINGS,
-            header=("Loss", "options", "learning rate", "weight of the guard", "seconds"),
+            header=("Loss", "options", "learning rate", "guard", "seconds"),
             rows=tuple(rows),
-            note="Seconds: training and test of one run.",
+            note="Guard: its weight and use. Seconds: training and test of one run.",
         ),
     ]
 

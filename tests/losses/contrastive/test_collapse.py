@@ -243,8 +243,70 @@ def test_healthy_batches_are_left_alone():
     x = torch.randn(32, 16, dtype=torch.float64)
     assert collapse_guard(x + 30) > 0  # mean cosine 0.999
     u = torch.nn.functional.normalize(x + 30, dim=1)
-    expected = 1 - u.var(0, correction=0).sum().sqrt() / 0.25
-    torch.testing.assert_close(collapse_guard(x + 30), expected)
+    singular = torch.linalg.svdvals(u - u.mean(0))
+    torch.testing.assert_close(collapse_guard(x + 30), 1 - singular.sum() / (32 * 16) ** 0.5 / 0.25)
+    # which is the root mean square distance from the mean, times the root of the share of the directions in use
+    used = singular.sum().square() / singular.square().sum()
+    spread = u.var(0, correction=0).sum().sqrt()
+    torch.testing.assert_close(collapse_guard(x + 30), 1 - spread * (used / 16).sqrt() / 0.25)
+
+
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (5, 5), (6, 5), (2, 3), (40, 64), (64, 30)])
+def test_every_direction_is_pushed_alike(shape):
+    """The gradient in the rows has equal singular values: U V' of the centred rows, by another algorithm."""
+    n, d = shape
+    scale = torch.logspace(0, -3, d, dtype=torch.float64)  # one direction dominates
+    x = (torch.randn(n, d, dtype=torch.float64) * scale).requires_grad_()
+    (grad,) = torch.autograd.grad(collapse_guard(x, threshold=1e3, normalize=False), x)
+    u, _, v = torch.linalg.svd(x.detach() - x.detach().mean(0), full_matrices=False)
+    rank = min(n - 1, d)
+    expected = -(u[:, :rank] @ v[:rank]) / (n * rank) ** 0.5 / 1e3
+    torch.testing.assert_close(grad, expected, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (6, 8), (50, 768)])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_directions_that_are_missing_are_opened(shape, rank):
+    """Rows on a line or in a plane, exactly: the gradient has all other directions, and a step along it uses them."""
+    n, d = shape
+    x = torch.randn(n, rank, dtype=torch.float64) @ torch.randn(rank, d, dtype=torch.float64)
+    x.requires_grad_()
+    loss = collapse_guard(x, threshold=1e3, normalize=False)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert torch.linalg.matrix_rank(grad) == min(n - 1, d, 64)
+    step = 1e-3 / grad.norm()
+    found = collapse_guard(x.detach() - step * grad, threshold=1e3, normalize=False)
+    assert found < loss - 0.9 * step * grad.square().sum()
+
+
+def test_a_line_is_left():
+    """Where all cosines are +-1, the losses' gradients vanish as at a point, and the old spread is 1."""
+    x = torch.rand(16, dtype=torch.float64) * torch.tensor([1.0, -1.0]).double().repeat(8)[:, None]
+    x.requires_grad_()
+    assert diagnostics(x, x).collapsed
+    loss = collapse_guard(x, threshold=0.5)
+    assert loss > 0
+    (grad,) = torch.autograd.grad(loss, x)
+    assert torch.linalg.matrix_rank(grad) > 10
+
+
+def test_many_dimensions_are_sketched():
+    """64 random directions stand for 768: about the same value, in both precisions, the same for the same seed."""
+    x = torch.randn(300, 768, dtype=torch.float64) + 5
+    u = torch.nn.functional.normalize(x, dim=1)
+    singular = torch.linalg.svdvals(u - u.mean(0))
+    whole = 1 - singular.sum() / (300 * 299) ** 0.5 / 0.5
+    found = collapse_guard(x, threshold=0.5)
+    assert abs(found - whole) < 0.1
+    torch.testing.assert_close(collapse_guard(x.float(), threshold=0.5).double(), found, atol=1e-5, rtol=0)
+    assert collapse_guard(x, threshold=0.5, seed=1) != found
+
+
+def test_what_is_not_finite_stays_so():
+    x = torch.randn(6, 4)
+    x[2, 1] = torch.nan
+    assert collapse_guard(x).isnan()
+    assert collapse_guard(torch.randn(6, 4), x).isnan()
 
 
 def test_other_guards_do_not_part_equal_rows():
