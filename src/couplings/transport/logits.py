@@ -43,7 +43,7 @@ def logits(
         return whole.to(dtype) if out is None else out.copy_(whole)
     if out is None:
         out = torch.empty(cost.shape, dtype=dtype, device=cost.device)
-    for _ in _filled(cost, left, right, slope, out):
+    for _ in filled(cost, left, right, slope, out):
         pass
     return out
 
@@ -54,8 +54,8 @@ def _alone(cost: Tensor) -> bool:
     return large and cost.device.type == "cpu" and cost.is_contiguous() and not torch.compiler.is_compiling()
 
 
-def _filled(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, out: Tensor) -> Iterator[Tensor]:
-    """:func:`logits` of large problems on a CPU: the rows of ``out`` that have just been written, block by block."""
+def filled(cost: Tensor, left: Tensor, right: Tensor, slope: Tensor, out: Tensor) -> Iterator[Tensor]:
+    """:func:`logits` on a CPU: the rows of ``out``, any memory, that have just been written, block by block."""
     batch, (short, long) = cost.shape[:-2], cost.shape[-2:]
     height = max(1, BLOCK // long)
     block = torch.empty(min(height, short), long, dtype=torch.float64, device=cost.device)
@@ -123,7 +123,7 @@ def kernel(
         # where the guess is good nothing has to be subtracted, and all but the division is done while in cache
         terms = torch.empty(cost.shape, dtype=dtype, device=cost.device) if out is None else out
         z = torch.zeros_like(guess, dtype=dtype)
-        for part in _filled(cost, left, right, scale, terms):
+        for part in filled(cost, left, right, scale, terms):
             z += part.clamp_(min=least).exp2_().sum(0)
         if bool(((z > 1 / GOOD) & (z < GOOD)).all()):
             return terms.div_(z[..., None, :]), guess + z.to(guess.dtype).log()

@@ -1,8 +1,9 @@
 """A fixed number of sweeps of one large problem on a CPU, where looking at a number is free.
 
-Both the kernel and its transpose are kept as stacks of blocks of some 64 rows: one batched product gives a block's
-share of the sums on every thread, and sums of sums over 64 terms are several times as exact in float32 as sums over
-512. README.md, "Fixed sweeps", says when a kernel must be absorbed anew.
+A sweep reads one kernel twice and nothing else that is large, so that the kernel stays in cache: along its rows as dot
+products, and down its columns as a stack of blocks of some 64 rows, one batched product. Both ways a sum is put
+together from many short ones, which in float32 is several times as exact as 512 terms one after the other. README.md,
+"Fixed sweeps", says when a kernel must be absorbed anew.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import math
 import torch
 from torch import Tensor
 
-from couplings.transport.logits import LOG2E, log_sum, logits
+from couplings.transport.logits import LOG2E, filled, log_sum
 
 FEWEST = 16  # sweeps between two looks at the scalings at first
 MOST = 32  # later on: as many as there were before, up to this
 GOLDEN = 0.5 * (math.sqrt(5) - 1)
-TERMS = 64  # of a sum that is formed in the precision of the kernel
+TERMS = 64  # of a sum down a column that are added one after the other
+LINE = 16  # numbers that rows are padded to a multiple of
 FLOOR = {torch.float32: -80.0, torch.float64: -600.0}  # lowest logit kept in the kernel
 
 
@@ -37,13 +39,25 @@ class Large:
 
     def __init__(self, long: int, short: int, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.high, self.wide = _stack(long), _stack(short)
-        self.kernel = torch.empty(math.prod(self.high), math.prod(self.wide), dtype=dtype, device="cpu")
+        blocks, rows = _stack(long)
+        self.long, self.short = blocks * rows, short + -short % LINE
+        self.kernel = torch.empty(self.long, self.short, dtype=dtype, device="cpu")
         self.kernel[long:].fill_(1)
         self.kernel[:, short:].fill_(1)
-        self.turned = self.kernel.new_empty(self.kernel.shape[::-1])
-        room = math.log(torch.finfo(dtype).eps / 64) - FLOOR[dtype] - math.log(max(long, short))
-        self.room = math.exp(room)
+        self.stack = self.kernel.view(blocks, rows, self.short)
+        self.shares = self.kernel.new_empty(blocks, 1, self.short)  # of the blocks in a sum down the columns
+        self.room = math.exp(math.log(torch.finfo(dtype).eps / 64) - FLOOR[dtype] - math.log(max(long, short)))
+        # (c u, v / c) is the same sweep: with another c each time roundings do not repeat, and their bias fades
+        turns = torch.arange(1, MOST + 1, dtype=torch.float64, device="cpu")
+        self.gauge = torch.exp2(turns * GOLDEN % 1).to(dtype)[:, None]
+        self.ratio = torch.cat([self.gauge[:1], self.gauge[1:] / self.gauge[:-1]])
+        # the scalings of a block of sweeps, and views of them: making those takes as long as the divisions
+        self.vs, self.us = self.kernel.new_empty(MOST, self.short), self.kernel.new_empty(MOST, self.long)
+        self.masses = torch.empty_like(self.us)
+        stacked = self.us.view(MOST, blocks, 1, rows)
+        self.turns = list(
+            zip(self.masses.unbind(), self.us.unbind(), stacked.unbind(), self.vs.unbind(), strict=True)
+        )
 
     def load(self, cost: Tensor, q: Tensor, p: Tensor, rate: Tensor) -> None:
         """The next problem.
@@ -58,9 +72,10 @@ class Large:
         self.q, self.p, self.log_q, self.log_p = q, p, q.log(), p.log()
         self.no_q, self.no_p = q == 0, p == 0
         self.zeros = bool(self.no_q.any()) or bool(self.no_p.any())
-        self.q_padded, self.p_padded = _padded(q, self.high, self.dtype), _padded(p, self.wide, self.dtype)
-        self.over_q = torch.where(self.no_q, 0.0, 1 / q)
-        self.over_p = torch.where(self.no_p, 0.0, 1 / p)
+        self.q_padded, self.p_padded = _padded(q, self.long, self.dtype), _padded(p, self.short, self.dtype)
+        self.over_q = _padded(torch.where(self.no_q, 0.0, 1 / q), self.long, self.dtype)
+        self.over_p = _padded(torch.where(self.no_p, 0.0, 1 / p), self.short, self.dtype)
+        torch.mul(self.q_padded, self.ratio, out=self.masses)
 
     def run(self, iterations: int, every: bool) -> tuple[Tensor, Tensor]:
         """The potentials of all sweeps, or of the last, ``(count, s)`` and ``(count, l)``.
@@ -77,7 +92,7 @@ class Large:
             vs, us = self.scalings(count)
             good = self.exact(vs, us)
             if good:
-                self.v, self.u = vs[good - 1], us[good - 1]
+                self.v, self.u = vs[good - 1].clone(), us[good - 1].clone()
                 if every:
                     kept.append(self.potentials(vs[:good], us[:good]))
                 done += good
@@ -104,20 +119,19 @@ class Large:
         self.v = (self.p_padded > 0).to(self.dtype)
         vs, us = self.scalings(1)
         if self.exact(vs, us):
-            self.v, self.u = vs[0], us[0]
+            self.v, self.u = vs[0].clone(), us[0].clone()
             return self.potentials(vs, us)
         h, e = self.log_sweep(torch.where(self.no_p, -torch.inf, 0.0))
         self.absorb(h, e)
         return h[None], e[None]
 
     def form(self, h: Tensor, e: Tensor) -> None:
-        """The kernel ``exp(h + e - x)`` and its transpose, cut off from below."""
-        raw = logits(self.cost, e * LOG2E, h * LOG2E, self.slope * LOG2E, self.dtype)
+        """The kernel ``exp(h + e - x)``, cut off from below."""
         inside = self.kernel[: len(e), : len(h)]
-        torch.exp2(raw.clamp_(min=FLOOR[self.dtype] * LOG2E), out=inside)
+        for part in filled(self.cost, e * LOG2E, h * LOG2E, self.slope * LOG2E, inside):
+            part.clamp_(min=FLOOR[self.dtype] * LOG2E).exp2_()
         if self.zeros:
             inside.masked_fill_(self.no_q[:, None] | self.no_p, 1)
-        self.turned.copy_(self.kernel.mT)
         self.reference = h, e
 
     def absorb(self, h: Tensor, e: Tensor) -> None:
@@ -126,49 +140,32 @@ class Large:
         self.v, self.u = self.p_padded, (self.q_padded > 0).to(self.dtype)
 
     def scalings(self, count: int) -> tuple[Tensor, Tensor]:
-        """``v`` and ``u`` of ``count`` more sweeps, padded."""
-        (high, rows), (wide, columns) = self.high, self.wide
-        us, vs = self.kernel.new_empty(count, high * rows), self.kernel.new_empty(count, wide * columns)
-        from_u, from_v = self.kernel.view(high, rows, -1), self.turned.view(wide, columns, -1)
-        to_v, to_u = (
-            self.kernel.new_empty(high, 1, wide * columns),
-            self.kernel.new_empty(wide, 1, high * rows),
-        )
-        sum_v, sum_u = torch.empty_like(self.p_padded), torch.empty_like(self.q_padded)
+        """``v`` and ``u`` of ``count`` more sweeps, padded, in memory that the next call writes over."""
+        kernel, stack, shares, p, v = self.kernel, self.stack, self.shares, self.p_padded, self.v
         # a product with ones takes half of torch.sum's time
-        across_v, across_u, one_v, one_u = (
-            to_v[:, 0].mT,
-            to_u[:, 0].mT,
-            sum_v.new_ones(high),
-            sum_u.new_ones(wide),
-        )
-        # (c u, v / c) is the same sweep: with another c each time roundings do not repeat, and their bias fades
-        gauge = torch.exp2(torch.arange(1, count + 1, dtype=torch.float64, device=us.device) * GOLDEN % 1).to(
-            us
-        )[:, None]
-        masses = self.q_padded * torch.cat([gauge[:1], gauge[1:] / gauge[:-1]])
-        p, v = self.p_padded, self.v.view(wide, 1, columns)
-        lefts, rights = us.view(count, high, 1, rows).unbind(), vs.view(count, wide, 1, columns).unbind()
-        for q, left, right, u, next_v in zip(masses, lefts, rights, us.unbind(), vs.unbind(), strict=True):
-            torch.bmm(v, from_v, out=to_u)
-            torch.mv(across_u, one_u, out=sum_u)
-            torch.div(q, sum_u, out=u)
-            torch.bmm(left, from_u, out=to_v)
-            torch.mv(across_v, one_v, out=sum_v)
-            torch.div(p, sum_v, out=next_v)
-            v = right
-        return vs.mul_(gauge), us.div_(gauge)
+        across, ones = shares[:, 0].mT, shares.new_ones(len(shares))
+        for q, u, stacked, next_v in self.turns[:count]:
+            torch.mv(kernel, v, out=u)
+            torch.div(q, u, out=u)
+            torch.bmm(stacked, stack, out=shares)
+            torch.mv(across, ones, out=next_v)
+            v = torch.div(p, next_v, out=next_v)
+        gauge = self.gauge[:count]
+        return self.vs[:count].mul_(gauge), self.us[:count].div_(gauge)
 
     def exact(self, vs: Tensor, us: Tensor) -> int:
         """How many of these sweeps what was cut off from the kernel cannot have changed."""
-        most_v, most_u = vs.amax(-1), us.amax(-1)
-        before = torch.cat([self.v.amax()[None], most_v[:-1]])
-        least_v = (vs[:, : len(self.p)] * self.over_p).amax(-1)  # 1 over the least sum
-        least_u = (us[:, : len(self.q)] * self.over_q).amax(-1)
-        u_alters_v = most_u.double().clamp_(min=1) * least_v.clamp_(min=1)
-        v_alters_u = before.double().clamp_(min=1) * least_u.clamp_(min=1)
-        good = torch.maximum(u_alters_v, v_alters_u) <= self.room
-        return int(good.to(torch.int64).cumprod(0).sum())
+        largest = (
+            us.amax(-1),
+            (vs * self.over_p).amax(-1),  # 1 over the least sum
+            torch.cat([self.v.amax()[None], vs[:-1].amax(-1)]),  # of the sweep before
+            (us * self.over_q).amax(-1),
+        )
+        for turn, factors in enumerate(zip(*(t.tolist() for t in largest), strict=True)):
+            u, over_v, v, over_u = (max(x, 1.0) for x in factors)  # NaN stays
+            if not (u * over_v <= self.room and v * over_u <= self.room):
+                return turn
+        return len(us)
 
     def potentials(self, vs: Tensor, us: Tensor) -> tuple[Tensor, Tensor]:
         """Of these scalings, without padding."""
@@ -184,13 +181,13 @@ class Large:
 
 
 def _stack(size: int) -> tuple[int, int]:
-    """How many blocks of how many rows: their product, at least ``size``, is a multiple of 16."""
+    """How many blocks of how many rows: their product, at least ``size``, is a multiple of LINE."""
     blocks = max(1, size // TERMS)
     rows = math.ceil(size / blocks)
-    while blocks * rows % 16:
+    while blocks * rows % LINE:
         rows += 1
     return blocks, rows
 
 
-def _padded(masses: Tensor, stack: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    return torch.nn.functional.pad(masses, (0, math.prod(stack) - len(masses))).to(dtype)
+def _padded(values: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.nn.functional.pad(values, (0, size - len(values))).to(dtype)
