@@ -42,20 +42,19 @@ def bordered(
         The bordered problem.
     """
     batch, (n, m) = scores.shape[:-2], scores.shape[-2:]
-    rows = _mask(row_mask, (*batch, n), scores)
-    columns = _mask(column_mask, (*batch, m), scores)
+    rows, row_count = _side(row_mask, (*batch, n), scores)
+    columns, column_count = _side(column_mask, (*batch, m), scores)
     if row_mask is not None or column_mask is not None:
-        scores = torch.where(rows[..., :, None] & columns[..., None, :], scores, 0)
-        row_bins, column_bins = torch.where(rows, row_bins, 0), torch.where(columns, column_bins, 0)
-    row_count = rows.sum(-1, keepdim=True).to(scores.dtype)
-    column_count = columns.sum(-1, keepdim=True).to(scores.dtype)
-    valid = torch.ones_like(corner, dtype=torch.bool)
+        valid = rows[..., :-1, None] & columns[..., None, :-1]
+        scores = torch.where(valid, scores, 0)
+        row_bins = torch.where(rows[..., :-1], row_bins, 0)
+        column_bins = torch.where(columns[..., :-1], column_bins, 0)
     return Bordered(
         apply(_Border, scores, row_bins, column_bins, corner),
-        torch.cat([rows.to(scores.dtype), column_count], -1),
-        torch.cat([columns.to(scores.dtype), row_count], -1),
-        torch.cat([rows, valid], -1),
-        torch.cat([columns, valid], -1),
+        torch.cat([rows[..., :-1].to(scores.dtype), column_count], -1),
+        torch.cat([columns[..., :-1].to(scores.dtype), row_count], -1),
+        rows,
+        columns,
     )
 
 
@@ -83,7 +82,12 @@ class _Border(RowFunction):
         return inner[..., :-1], inner[..., -1], last[..., :-1], last[..., -1:]
 
 
-def _mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def _side(mask: Tensor | None, shape: tuple[int, ...], scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows or columns take part, the dustbin last, and how many others do, ``(*batch, 1)``."""
+    *batch, size = shape
     if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=like.device)
-    return mask.expand(shape)
+        everything = torch.ones((*batch, size + 1), dtype=torch.bool, device=scores.device)
+        return everything, scores.new_full((*batch, 1), size)
+    mask = mask.expand(shape)
+    valid = torch.cat([mask, mask.new_ones((*batch, 1))], -1)
+    return valid, mask.sum(-1, keepdim=True).to(scores.dtype)

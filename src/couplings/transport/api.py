@@ -240,11 +240,10 @@ def prepare(
 ) -> _Problem:
     """Masks, defaults, mass 1, and the checks that need values. ``given``: the dtype that masses were rounded to."""
     batch, n, m = cost.shape[:-2], cost.shape[-2], cost.shape[-1]
-    rows = _mask(row_mask, (*batch, n), cost)
-    columns = _mask(column_mask, (*batch, m), cost)
-    something = rows.any(-1, keepdim=True) & columns.any(-1, keepdim=True)
-    given_a = _masses(a, rows, something)
-    given_b = _masses(b, columns, something)
+    rows = None if row_mask is None else row_mask.expand(*batch, n)
+    columns = None if column_mask is None else column_mask.expand(*batch, m)
+    given_a = _masses(a, rows, columns, cost, -2)
+    given_b = _masses(b, columns, rows, cost, -1)
     if isinstance(epsilon, Tensor):
         eps = epsilon.to(device=cost.device, dtype=torch.float64).expand(batch)
     else:
@@ -252,14 +251,16 @@ def prepare(
     # gradients along several paths are added up before they are rounded; without one a copy saves nothing
     recorded = torch.is_grad_enabled() and cost.requires_grad
     full = cost.to(torch.float64 if recorded or cost.dtype == torch.float64 else torch.float32)
-    if row_mask is not None or column_mask is not None:
-        full = torch.where(rows[..., :, None] & columns[..., None, :], full, 0.0)
+    if rows is not None:
+        full = torch.where(rows[..., :, None], full, 0.0)
+    if columns is not None:
+        full = torch.where(columns[..., None, :], full, 0.0)
 
-    low, high = full.detach().amin((-1, -2)), full.detach().amax((-1, -2))  # NaN where there is one
-    nonfinite = ~(low > -torch.inf) | high.isnan()
-    nonfinite = nonfinite | ~given_a.isfinite().all(-1) | ~given_b.isfinite().all(-1) | ~eps.isfinite()
-    negative_a, negative_b = (given_a < 0).any(-1), (given_b < 0).any(-1)
+    low, high = full.detach().amin((-1, -2)), full.detach().amax((-1, -2))  # both NaN where there is one
+    least_a, least_b = given_a.detach().amin(-1), given_b.detach().amin(-1)
     mass, mass_b = given_a.sum(-1), given_b.sum(-1)
+    nonfinite = ~(low > -torch.inf) | ~(mass + mass_b + eps).isfinite()  # a sum is infinite or NaN if a part is
+    negative_a, negative_b = least_a < 0, least_b < 0
     differ = (mass - mass_b).abs() > MASS_ROUNDING[given or cost.dtype] * torch.maximum(mass, mass_b)
     _check_values(negative_a, negative_b, differ & ~nonfinite, ~nonfinite & (eps <= 0), mass, mass_b, eps)
     nonfinite = nonfinite | (eps <= 0)
@@ -282,7 +283,7 @@ def prepare(
     nothing = mass == 0
     p = given_a / torch.where(nothing, 1.0, mass)[..., None]
     q = given_b / torch.where(nothing, 1.0, mass_b)[..., None]
-    zeros = (given_a == 0).any(-1) | (given_b == 0).any(-1)
+    zeros = torch.minimum(least_a, least_b) == 0
     return _Problem(
         cost=full,
         p=p,
@@ -297,18 +298,19 @@ def prepare(
     )
 
 
-def _mask(mask: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=like.device)
-    return mask.expand(shape)
-
-
-def _masses(given: Tensor | None, valid: Tensor, something: Tensor) -> Tensor:
+def _masses(
+    given: Tensor | None, valid: Tensor | None, partners: Tensor | None, cost: Tensor, dim: int
+) -> Tensor:
     """Masses in float64, zero where masked; the default is uniform, or zero if the other side is empty."""
-    if given is None:
-        count = valid.sum(-1, keepdim=True).clamp_min(1)
-        return (valid & something).to(torch.float64) / count
-    return torch.where(valid, given.to(torch.float64), 0.0)
+    shape = (*cost.shape[:-2], cost.shape[dim])
+    if given is not None:
+        masses = given.to(torch.float64).expand(shape)
+        return masses.clone() if valid is None else torch.where(valid, masses, 0.0)
+    if valid is None:
+        masses = torch.full(shape, 1 / shape[-1], dtype=torch.float64, device=cost.device)
+    else:
+        masses = valid.to(torch.float64) / valid.sum(-1, keepdim=True).clamp_min(1)
+    return masses if partners is None else masses * partners.any(-1, keepdim=True)
 
 
 def _check_values(

@@ -1,9 +1,9 @@
 """A fixed number of sweeps of one large problem on a CPU, where looking at a number is free.
 
 A sweep reads one kernel twice and nothing else that is large, so that the kernel stays in cache: along its rows as dot
-products, and down its columns as a stack of blocks of some 64 rows, one batched product. Both ways a sum is put
-together from many short ones, which in float32 is several times as exact as 512 terms one after the other. README.md,
-"Fixed sweeps", says when a kernel must be absorbed anew.
+products, and down its columns as a stack of blocks of rows, one batched product. Both ways a sum is put together from
+shorter ones, which in float32 is several times as exact as 513 terms one after the other. README.md, "Fixed sweeps",
+says when a kernel must be absorbed anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from couplings.transport.logits import LOG2E, filled, log_sum
 FEWEST = 16  # sweeps between two looks at the scalings at first
 MOST = 32  # later on: as many as there were before, up to this
 GOLDEN = 0.5 * (math.sqrt(5) - 1)
-TERMS = 64  # of a sum down a column that are added one after the other
+TERMS = 320  # of a sum down a column that are added one after the other, at most
 LINE = 16  # numbers that rows are padded to a multiple of
 FLOOR = {torch.float32: -80.0, torch.float64: -600.0}  # lowest logit kept in the kernel
 
@@ -45,7 +45,10 @@ class Large:
         self.kernel[long:].fill_(1)
         self.kernel[:, short:].fill_(1)
         self.stack = self.kernel.view(blocks, rows, self.short)
-        self.shares = self.kernel.new_empty(blocks, 1, self.short)  # of the blocks in a sum down the columns
+        # what the blocks have in a sum down the columns, the lower half to be added to the upper, down to one of them
+        self.shares = self.kernel.new_empty(blocks, 1, self.short)
+        halves = [2**k for k in reversed(range(blocks.bit_length() - 1))]
+        self.halves = [(self.shares[:half], self.shares[half : 2 * half]) for half in halves]
         self.room = math.exp(math.log(torch.finfo(dtype).eps / 64) - FLOOR[dtype] - math.log(max(long, short)))
         # (c u, v / c) is the same sweep: with another c each time roundings do not repeat, and their bias fades
         turns = torch.arange(1, MOST + 1, dtype=torch.float64, device="cpu")
@@ -142,30 +145,36 @@ class Large:
     def scalings(self, count: int) -> tuple[Tensor, Tensor]:
         """``v`` and ``u`` of ``count`` more sweeps, padded, in memory that the next call writes over."""
         kernel, stack, shares, p, v = self.kernel, self.stack, self.shares, self.p_padded, self.v
-        # a product with ones takes half of torch.sum's time
-        across, ones = shares[:, 0].mT, shares.new_ones(len(shares))
+        total = shares[0, 0]
         for q, u, stacked, next_v in self.turns[:count]:
             torch.mv(kernel, v, out=u)
             torch.div(q, u, out=u)
             torch.bmm(stacked, stack, out=shares)
-            torch.mv(across, ones, out=next_v)
-            v = torch.div(p, next_v, out=next_v)
+            for upper, lower in self.halves:
+                upper.add_(lower)
+            v = torch.div(p, total, out=next_v)
         gauge = self.gauge[:count]
         return self.vs[:count].mul_(gauge), self.us[:count].div_(gauge)
 
     def exact(self, vs: Tensor, us: Tensor) -> int:
         """How many of these sweeps what was cut off from the kernel cannot have changed."""
-        largest = (
-            us.amax(-1),
-            (vs * self.over_p).amax(-1),  # 1 over the least sum
-            torch.cat([self.v.amax()[None], vs[:-1].amax(-1)]),  # of the sweep before
-            (us * self.over_q).amax(-1),
-        )
-        for turn, factors in enumerate(zip(*(t.tolist() for t in largest), strict=True)):
-            u, over_v, v, over_u = (max(x, 1.0) for x in factors)  # NaN stays
-            if not (u * over_v <= self.room and v * over_u <= self.room):
-                return turn
-        return len(us)
+        befores, over_vs, over_us = torch.cat([self.v[None], vs[:-1]]), vs * self.over_p, us * self.over_q
+
+        def good(start: int, stop: int) -> int:
+            # the largest factors of all these sweeps; if their products are too large, those of each half
+            part = slice(start, stop)
+            u, over_v, v, over_u = (
+                max(float(t[part].amax()), 1.0) for t in (us, over_vs, befores, over_us)  # NaN stays
+            )
+            if u * over_v <= self.room and v * over_u <= self.room:
+                return stop
+            if stop == start + 1:
+                return start
+            middle = (start + stop) // 2
+            reached = good(start, middle)
+            return reached if reached < middle else good(middle, stop)
+
+        return good(0, len(us))
 
     def potentials(self, vs: Tensor, us: Tensor) -> tuple[Tensor, Tensor]:
         """Of these scalings, without padding."""
@@ -181,8 +190,10 @@ class Large:
 
 
 def _stack(size: int) -> tuple[int, int]:
-    """How many blocks of how many rows: their product, at least ``size``, is a multiple of LINE."""
-    blocks = max(1, size // TERMS)
+    """How many blocks, a power of two, of how many rows: their product, at least ``size``, is a multiple of LINE."""
+    blocks = 1
+    while blocks * TERMS < size:
+        blocks *= 2
     rows = math.ceil(size / blocks)
     while blocks * rows % LINE:
         rows += 1
