@@ -22,7 +22,9 @@ ANNEAL_AT = 1e-2  # residual at which inverse temperature doubles
 WARM_SWEEPS = 3  # Sinkhorn sweeps after each change of temperature
 LEVENBERG = 1e-2  # damping relative to the residual
 SWEEP_LIMIT = 1e30  # factor by which a Sinkhorn sweep may move one entry
-FLOOR = -80.0  # logits below it are cut off: their sum cannot be told from 0, and exp of less is slow
+# Logits below it are cut off. What they stand for cannot be told from 0, and the distance to float32's least number
+# is for rescaling: denormals slow every later pass down, forty times on some CPUs.
+FLOOR = -60.0
 FAR = 20.0  # logits by which potentials may move before the kernel is evaluated again
 TRIALS = 4  # step lengths tried
 SHRINK = 0.4
@@ -93,6 +95,9 @@ class _Low:
         self.sweep(WARM_SWEEPS)
         taken, best, since, sure = 0, math.inf, 0, False
         while True:
+            if self.moved > FAR:
+                self.build()
+                self.measure()
             if self.beta < 1:
                 if self.error < ANNEAL_AT:
                     self.cool()
@@ -110,9 +115,6 @@ class _Low:
                 best = min(best, self.error)
             if taken >= STEPS or since >= PATIENCE or not math.isfinite(self.error):
                 break
-            if self.moved > FAR:
-                self.build()
-                self.measure()
             taken += 1
             sure = False
             if not self.newton_step():
@@ -142,12 +144,16 @@ class _Low:
         self.log_z += z.log()
 
     def cool(self) -> None:
-        """Twice the inverse temperature and twice the potential in logits: the square, over p, normalised."""
+        """Twice the inverse temperature and twice the potential in logits: the square, over p, normalised.
+
+        Cut off at FLOOR once more: squares must not become denormals.
+        """
         self.beta *= 2
         self.h *= 2
         over_p = 1 / self.p
         if self.empty is not None:
             over_p.masked_fill_(self.empty, 0)
+        self.pi.clamp_(min=math.exp(0.5 * FLOOR))
         self.pi.mul_(self.pi).mul_(over_p[:, None])
         z = self.pi.sum(0)
         self.pi.div_(z)
