@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import couplings as cp
 from couplings import Status, log_optimal_transport, match_with_dustbin
-from couplings.transport import sinkhorn_large
+from couplings.transport import newton_low, sinkhorn_large
 
 INF, NAN = float("inf"), float("nan")
 BAR = {torch.float64: 1e-9, torch.float32: 2e-6}
@@ -93,6 +93,27 @@ def test_large_fixed_sweeps_leave_their_kernel(dtype, floors, monkeypatch):
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=atol)
 
 
+def test_sweeps_count_up_to_the_first_that_a_cut_off_kernel_may_have_changed():
+    solver = sinkhorn_large.Large(140, 130, torch.float64)
+    q, p = torch.rand(140, dtype=torch.float64) + 0.1, torch.rand(130, dtype=torch.float64) + 0.1
+    solver.load(torch.zeros(140, 130, dtype=torch.float64), q, p, torch.ones((), dtype=torch.float64))
+    long, short = solver.us.shape[-1], solver.vs.shape[-1]
+    for seed in range(20):
+        us, vs = (10 ** (2 * draw(32, size, seed=seed + size)) for size in (long, short))
+        us[:, 140:], vs[:, 130:] = 0, 0
+        solver.v = 1 / vs[0].clamp_min(1e-3)
+        before = torch.cat([solver.v[None], vs[:-1]])
+        alters = torch.maximum(
+            us.amax(-1).clamp_min(1) * (vs[:, :130] / p).amax(-1).clamp_min(1),
+            before.amax(-1).clamp_min(1) * (us[:, :140] / q).amax(-1).clamp_min(1),
+        )
+        for room in (0.5 * alters.min(), 1.01 * alters.median(), 2 * alters.max()):
+            solver.room = float(room)
+            assert solver.exact(vs, us) == int((alters <= solver.room).long().cumprod(0).sum())
+        vs[seed, 3] = torch.nan
+        assert solver.exact(vs, us) == seed
+
+
 def test_fixed_sweeps_of_large_masked_problems():
     scores = (5 * draw(2, 150, 160)).float()
     scores[:, 3, 5:9] = -INF
@@ -136,6 +157,22 @@ def test_unrolled_gradient_of_the_fixed_sweeps():
     ours = torch.autograd.grad((log_optimal_transport(scores, alpha, 3) * weight).sum(), (scores, alpha))
     theirs = torch.autograd.grad((textbook(scores, alpha, 3) * weight).sum(), (scores, alpha))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+
+
+def test_no_denormal_slows_a_nearly_hard_problem(monkeypatch):
+    smallest = []
+    measure = newton_low._Low.measure
+
+    def looked_at(self):
+        measure(self)
+        smallest.append(float(self.pi.amin()))
+
+    monkeypatch.setattr(newton_low._Low, "measure", looked_at)
+    scores = draw(150, 8, seed=3) @ draw(8, 150, seed=4)
+    coupling = match_with_dustbin((scores * (40 / scores.std())).float(), 40.0, tolerance=2e-6)
+    assert coupling.status == Status.CONVERGED
+    assert len(smallest) > 3
+    assert min(smallest) >= torch.finfo(torch.float32).tiny
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

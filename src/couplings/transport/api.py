@@ -259,7 +259,8 @@ def prepare(
     low, high = full.detach().amin((-1, -2)), full.detach().amax((-1, -2))  # both NaN where there is one
     least_a, least_b = given_a.detach().amin(-1), given_b.detach().amin(-1)
     mass, mass_b = given_a.sum(-1), given_b.sum(-1)
-    nonfinite = ~(low > -torch.inf) | ~(mass + mass_b + eps).isfinite()  # a sum is infinite or NaN if a part is
+    total = mass + mass_b + eps  # infinite or NaN if a part of it is
+    nonfinite = ~(low > -torch.inf) | ~total.isfinite()
     negative_a, negative_b = least_a < 0, least_b < 0
     differ = (mass - mass_b).abs() > MASS_ROUNDING[given or cost.dtype] * torch.maximum(mass, mass_b)
     _check_values(negative_a, negative_b, differ & ~nonfinite, ~nonfinite & (eps <= 0), mass, mass_b, eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from couplings.transport.newton_low import (
     ANNEAL_AT,
     ANNEAL_FROM,
     BALANCE,
+    FLOOR,
     HIGH_FLOOR,
     MOST_STAGES,
     SHRINK,
@@ -255,7 +257,9 @@ def _direction(
         if low and not any_true(weak):
             # another step costs more than a few more iterations
             tight = torch.minimum(goal, error**0.9).clamp_min(1e-6)
-            d, good = cg_direction(pi.to(torch.float32), p, q, r, lam, tight, cap)
+            # what would be a denormal, slow in every mat-vec, is cut off
+            rounded = pi.clamp_min(math.exp(FLOOR)).to(torch.float32)
+            d, good = cg_direction(rounded, p, q, r, lam, tight, cap)
         if not low or any_true(~good):
             d, good = cg_direction(pi, p, q, r, lam, goal, cap)
         if hybrid and any_true(moving & ~good):

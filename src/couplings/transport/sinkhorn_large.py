@@ -49,7 +49,7 @@ class Large:
         self.shares = self.kernel.new_empty(blocks, 1, self.short)
         halves = [2**k for k in reversed(range(blocks.bit_length() - 1))]
         self.halves = [(self.shares[:half], self.shares[half : 2 * half]) for half in halves]
-        self.room = math.exp(math.log(torch.finfo(dtype).eps / 64) - FLOOR[dtype] - math.log(max(long, short)))
+        self.room = math.exp(-FLOOR[dtype]) * torch.finfo(dtype).eps / 64 / max(long, short)
         # (c u, v / c) is the same sweep: with another c each time roundings do not repeat, and their bias fades
         turns = torch.arange(1, MOST + 1, dtype=torch.float64, device="cpu")
         self.gauge = torch.exp2(turns * GOLDEN % 1).to(dtype)[:, None]
@@ -162,10 +162,8 @@ class Large:
 
         def good(start: int, stop: int) -> int:
             # the largest factors of all these sweeps; if their products are too large, those of each half
-            part = slice(start, stop)
-            u, over_v, v, over_u = (
-                max(float(t[part].amax()), 1.0) for t in (us, over_vs, befores, over_us)  # NaN stays
-            )
+            parts = (t[start:stop] for t in (us, over_vs, befores, over_us))
+            u, over_v, v, over_u = (max(float(t.amax()), 1.0) for t in parts)  # NaN stays
             if u * over_v <= self.room and v * over_u <= self.room:
                 return stop
             if stop == start + 1:
