@@ -49,12 +49,12 @@ def gradient_error(truth: list[Tensor]) -> Callable[[list[Tensor]], float]:
 
 def products(n: int, d: int, count: int) -> Callable[[], Tensor]:
     """As many bare matrix products as the loss cannot do without, block by block."""
-    x, y, block = torch.randn(n, d), torch.randn(d, n), torch.empty(256, n)
+    x, y, block = torch.randn(n, d), torch.randn(d, n), torch.empty(512, n)
 
     def run() -> Tensor:
         for _ in range(count):
-            for start in range(0, n, 256):
-                torch.mm(x[start : start + 256], y, out=block[: min(256, n - start)])
+            for start in range(0, n, 512):
+                torch.mm(x[start : start + 512], y, out=block[: min(512, n - start)])
         return block
 
     return run

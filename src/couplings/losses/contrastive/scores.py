@@ -11,7 +11,7 @@ from couplings._checks import reject
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
 
-TILE_ROWS = 256
+TILE_ROWS = 512
 """Rows of a block: fewer, and a matrix product no longer runs at full speed."""
 
 TILE = 2**23
