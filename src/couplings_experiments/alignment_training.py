@@ -124,7 +124,7 @@ class Plan:
 PLANS = {
     "smoke": Plan(1, Training(epochs=2, pairs=40), 80, ("clip", "sigmoid", "triplet"), Shape(16, 8), 3),
     "quick": Plan(1, Training(epochs=40)),
-    "full": Plan(3, Training(epochs=60)),
+    "full": Plan(6, Training(epochs=60)),
 }
 
 

@@ -78,6 +78,15 @@ def test_fixed_sweeps_of_large_problems(std):
     assert torch.equal(log_optimal_transport(other, std, 100)[0], out[0])
 
 
+@pytest.mark.parametrize("shape", [(700, 190), (330, 660)])
+def test_fixed_sweeps_in_several_blocks_of_rows(shape):
+    scores = 5 * draw(1, *shape).float()
+    expected = textbook(scores.double(), 5.0, 30)
+    assert (log_optimal_transport(scores, 5.0, 30).double() - expected).abs().max() <= 1e-5
+    double = log_optimal_transport(scores.double(), 5.0, 30)
+    torch.testing.assert_close(double, expected, rtol=1e-11, atol=1e-9)
+
+
 @pytest.mark.parametrize("floors", [(-40.0, -60.0), (-30.0, -42.0)], ids=["some", "every sweep"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_large_fixed_sweeps_leave_their_kernel(dtype, floors, monkeypatch):

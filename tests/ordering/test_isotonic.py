@@ -66,6 +66,16 @@ def test_agrees_with_scipy(n, weighted, rounds, monkeypatch):
             torch.testing.assert_close(mine, expected, rtol=1e-11, atol=1e-9)
 
 
+def test_wide_walks_apart_find_the_same_blocks(monkeypatch):
+    problems = [y for n in (300, 700) for y in inputs(n).values()]
+    together = [pool(y) for y in problems]
+    monkeypatch.setattr(isotonic, "WINDOWS", 64)
+    for y, (first, last) in zip(problems, together):
+        apart = pool(y)
+        assert torch.equal(apart.first, first)
+        assert torch.equal(apart.last, last)
+
+
 def test_a_partition_is_consistent():
     y = torch.randn(3, 400, dtype=torch.float64).cumsum(-1)
     first, last = pool(y)

@@ -224,6 +224,12 @@ def test_autocast_brings_mixed_dtypes_together(form, ragged):
         maxsim(tokens, list(x) if ragged else x, **FORMS[form])
 
 
+def test_autocast_does_not_hide_a_list_of_two_dtypes():
+    documents = [torch.randn(3, 4), torch.randn(3, 4).double()]
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="documents"):
+        maxsim(torch.randn(2, 3, 4).bfloat16(), documents)
+
+
 @given(seed=seeds, dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]))
 def test_smooth_maximum_at_any_temperature(seed, dtype):
     """Logits from near 0, which are exponentiated as they are, to thousands; a tile holds both kinds."""

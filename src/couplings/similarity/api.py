@@ -168,16 +168,12 @@ def _dtype(tokens: Tokens) -> torch.dtype:
 
 def _agreed(queries: Tokens, documents: Tokens) -> tuple[Tokens, Tokens]:
     """Under autocast tokens of two dtypes meet in the wider one, which loses nothing; elsewhere they are an error."""
-    left, right = (one[0] if ragged.is_ragged(one) and one else one for one in (queries, documents))
-    if not (
-        isinstance(left, Tensor)
-        and isinstance(right, Tensor)
-        and left.dtype != right.dtype
-        and {left.dtype, right.dtype} <= {*_checks.REAL}
-        and autocasts(left)
-    ):
+    left, right = ragged.dtype_of(queries), ragged.dtype_of(documents)
+    if left is None or right is None or left == right or not {left, right} <= {*_checks.REAL}:
         return queries, documents
-    dtype = torch.promote_types(left.dtype, right.dtype)
+    if not autocasts(queries if isinstance(queries, Tensor) else queries[0]):
+        return queries, documents
+    dtype = torch.promote_types(left, right)
     return ragged.cast(queries, dtype), ragged.cast(documents, dtype)
 
 

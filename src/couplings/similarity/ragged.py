@@ -45,9 +45,16 @@ def cast(tokens: Tokens, dtype: torch.dtype) -> Tokens:
     """Any form of tokens in another dtype; offsets stay."""
     if isinstance(tokens, Tensor):
         return tokens.to(dtype)
-    if not all(isinstance(one, Tensor) for one in tokens):
-        return tokens  # what is wrong with them is said elsewhere
     return type(tokens)(one.to(dtype) if one.is_floating_point() else one for one in tokens)
+
+
+def dtype_of(tokens: Tokens) -> torch.dtype | None:
+    """The one dtype of any form of tokens; None where there is not one: what is wrong is said elsewhere."""
+    parts = (tokens,) if isinstance(tokens, Tensor) else tokens
+    if not all(isinstance(one, Tensor) for one in parts):
+        return None
+    found = {one.dtype for one in parts if one.is_floating_point()}
+    return found.pop() if len(found) == 1 else None
 
 
 def read(name: str, tokens: object, mask: object) -> Ragged:

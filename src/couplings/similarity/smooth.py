@@ -147,7 +147,7 @@ class _Second(RowFunction):
 
 
 class _Work:
-    """What the three passes share: inputs as (items, ..), tile after tile, masked tokens zero."""
+    """What the three passes share: inputs as (items, ..), tile after tile."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class _Work:
         return x if self.seen is None else x.masked_fill(~self.seen.unsqueeze(-1), 0)
 
     def of_documents(self, x: Tensor) -> Tensor:
-        """(*batch, J, Ld, d) as (items, total, tokens, d); tiles of it go through ``tile``."""
+        """(*batch, J, Ld, d) as (items, total, tokens, d); tiles of it go through ``tile`` or ``clean``."""
         return x.reshape(self.items, self.total, self.tokens, self.dim)
 
     def tile(self, x: Tensor, at: tuple[slice, slice]) -> Tensor:

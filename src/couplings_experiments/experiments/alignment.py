@@ -373,6 +373,6 @@ EXPERIMENT = Experiment(
     run=run,
     blocks=blocks,
     headline=headline,
-    minutes={"smoke": 0.1, "quick": 1, "full": 11},
+    minutes={"smoke": 0.1, "quick": 1, "full": 20},
     distributed=True,
 )

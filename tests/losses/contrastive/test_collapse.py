@@ -251,7 +251,7 @@ def test_healthy_batches_are_left_alone():
     torch.testing.assert_close(collapse_guard(x + 30), 1 - spread * (used / 16).sqrt() / 0.25)
 
 
-@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (5, 5), (6, 5), (2, 3), (40, 64), (64, 30)])
+@pytest.mark.parametrize("shape", [(9, 5), (5, 9), (5, 5), (6, 5), (2, 3), (40, 64), (64, 30), (20, 300)])
 def test_every_direction_is_pushed_alike(shape):
     """The gradient in the rows has equal singular values: U V' of the centred rows, by another algorithm."""
     n, d = shape
@@ -300,6 +300,41 @@ def test_many_dimensions_are_sketched():
     assert abs(found - whole) < 0.1
     torch.testing.assert_close(collapse_guard(x.float(), threshold=0.5).double(), found, atol=1e-5, rtol=0)
     assert collapse_guard(x, threshold=0.5, seed=1) != found
+
+
+def test_few_rows_in_many_dimensions_are_not_sketched():
+    x = torch.randn(1, 768, dtype=torch.float64)
+    assert collapse_guard(torch.cat([x, -x]), threshold=0.99) == 0  # spread 1
+    torch.testing.assert_close(
+        collapse_guard(torch.cat([x, -x]), threshold=4.0 * 768, normalize=False),
+        (1 - torch.linalg.vector_norm(x) / (4 * 768)),
+    )
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e160])
+def test_squares_neither_overflow_nor_vanish(size):
+    x = torch.randn(8, 4, dtype=torch.float64)
+    found, expected = (
+        torch.autograd.functional.jacobian(
+            lambda x, s=s: collapse_guard(x, threshold=3 * s, normalize=False), x * s
+        )
+        for s in (size, 1.0)
+    )
+    torch.testing.assert_close(found * size, expected)
+
+
+def test_the_seed_may_be_any_int_under_compile():
+    compiled = torch.compile(lambda x, seed: collapse_guard(x, seed=seed), fullgraph=True, backend="eager")
+    x = torch.ones(80, 100, dtype=torch.float64)
+    for seed in (0, 1, -7, 2**33 + 1):
+        assert compiled(x, seed) == collapse_guard(x, seed=seed) == 1
+    assert collapse_guard(torch.ones(4, 3), seed=2**33 + 1) == 1
+
+
+def test_no_dimension_is_an_error():
+    for normalize in (True, False):
+        with pytest.raises(ValueError, match="d >= 1"):
+            collapse_guard(torch.ones(4, 0), normalize=normalize)
 
 
 def test_what_is_not_finite_stays_so():

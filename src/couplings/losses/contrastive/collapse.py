@@ -30,9 +30,9 @@ def collapse_guard(
 
     The spread is the sum of the singular values of the rows less their mean, divided by sqrt(n min(n - 1, d)): the root
     mean square distance from the mean, times the root of the share of the directions that are in use. Of unit vectors
-    it is between 0 (all equal) and 1 (a simplex). A healthy batch is above the threshold: there the guard is exactly 0
-    and changes nothing. Every direction is pushed with the same force, so that the rows leave the point in all
-    directions, not only in the strongest one, where a loss would have to find the others.
+    it is between 0 (all equal) and 1 (a simplex). Most healthy batches are above the threshold: there the guard is
+    exactly 0 and changes nothing. Every direction is pushed with the same force, so that the rows leave the point in
+    all directions, not only in the strongest one, where a loss would have to find the others.
 
     Losses of differences of scores (cross-entropies, triplets) have no gradient at collapse: add the guard, with a
     weight of about 1. Losses of scores themselves (``sigmoid_loss``, ``cosine_target_loss``) do have one, which moves
@@ -46,7 +46,8 @@ def collapse_guard(
     taken is a pseudo-random direction of mean 0, fixed by ``seed``; it, and only it, depends on the order of the rows.
     So it is for directions in which there is nothing, as where all rows lie on a line. A pair (row i of x1, row i of
     x2) gets the same direction on both sides, so that pairs part together. A spread within rounding of 0 counts as 0.
-    In more than 64 dimensions it is measured in 64 random directions, which ``seed`` fixes, too.
+    Of more than 64 rows in more than 64 dimensions it is measured in 64 random directions, which ``seed`` fixes, too:
+    some tenth less, and only these are pushed.
 
     Args:
         x1: (n, d), n >= 2, any real floating dtype; half precision is computed in float32.
@@ -75,11 +76,11 @@ def collapse_guard(
         if x is None and name == "x2":
             continue
         real_tensor(name, x)
-        if x is not None and (x.ndim != 2 or x.shape[0] < 2):
-            reject(name, "shape (n, d) with n >= 2", describe(x), "One row has no spread.")
+        if x is not None and (x.ndim != 2 or x.shape[0] < 2 or x.shape[1] < 1):
+            reject(name, "shape (n, d) with n >= 2 and d >= 1", describe(x), "One row has no spread.")
     if check_number("threshold", threshold) <= 0 or (normalize and threshold >= 1):
         upper = "a number in (0, 1)" if normalize else "a positive number"
-        reject("threshold", upper, threshold, "0.25 is far below the spread of a healthy batch.")
+        reject("threshold", upper, threshold, "0.25 is below the spread of most healthy batches.")
     if isinstance(seed, bool) or not isinstance(seed, int):
         reject("seed", "an int", describe(seed), "Any will do.", TypeError)
     with full_precision(x1):
@@ -100,20 +101,24 @@ def _spread(x: Tensor, normalize: bool, seed: int) -> Tensor:
     # in float64: singular values are roots of a Gram matrix's eigenvalues, which doubles the digits that are lost
     centred = _sketched(from_first - from_first.mean(0), seed).double()
     n, d = centred.shape
-    finite = torch.isfinite(centred.detach()).all()
-    total: Tensor = torch.where(finite, _nuclear(centred, finite, noise * math.sqrt(n), seed), torch.nan)
-    return (total / math.sqrt(n * min(n - 1, d))).to(x.dtype)
+    largest = centred.detach().abs().amax()
+    finite = largest.isfinite()
+    unit_of = torch.where(
+        finite & (largest > 0), largest, 1
+    )  # squares of the rest neither over- nor underflow
+    total = unit_of * _nuclear(centred / unit_of, finite, noise * math.sqrt(n) / unit_of, seed)
+    return (torch.where(finite, total, torch.nan) / math.sqrt(n * min(n - 1, d))).to(x.dtype)
 
 
 def _sketched(centred: Tensor, seed: int) -> Tensor:
-    """At most `DIRECTIONS` columns: random projections keep lengths and the number of directions, up to so many."""
+    """At most `DIRECTIONS` rows or columns: random projections keep lengths and directions, up to so many."""
     d = centred.shape[1]
-    if d <= DIRECTIONS:
+    if min(centred.shape) <= DIRECTIONS:
         return centred
-    return centred @ (_noise(d, DIRECTIONS, ~seed, centred) * math.sqrt(3 / DIRECTIONS))
+    return centred @ (_noise(d, DIRECTIONS, -1 - seed, centred) * math.sqrt(3 / DIRECTIONS))
 
 
-def _nuclear(x: Tensor, finite: Tensor, noise: Tensor | float, seed: int) -> Tensor:
+def _nuclear(x: Tensor, finite: Tensor, noise: Tensor, seed: int) -> Tensor:
     """Sum of the singular values, those up to ``noise`` counted as 0; README.md derives the expansion.
 
     Value and two derivatives are exact, whether or not singular values coincide, where the derivative of an
@@ -156,7 +161,7 @@ def _noise(n: int, d: int, seed: int, like: Tensor) -> Tensor:
     """(n, d) pseudo-random numbers, uniform on [-1, 1), from a hash of (row, column, seed)."""
     rows = torch.arange(n, device=like.device)[:, None]
     columns = torch.arange(d, device=like.device)
-    bits = (rows * 0x9E3779B1 + columns * 0x85EBCA77 + seed * 0xC2B2AE3D) & 0xFFFFFFFF
+    bits = (rows * 0x9E3779B1 + columns * 0x85EBCA77 + (seed & 0xFFFFFFFF) * 0xC2B2AE3D) & 0xFFFFFFFF
     for factor in (0x7FEB352D, 0x2C1B3C6D):  # products below 2^63: the arithmetic is exact everywhere
         bits = ((bits ^ (bits >> 16)) * factor) & 0xFFFFFFFF
     bits = bits ^ (bits >> 16)
