@@ -22,7 +22,7 @@ L2_BYTES = 2**20
 ACCELERATOR_BYTES = 2**28
 """A tile on an accelerator: large enough that launches do not count, small beside its memory."""
 
-ROWS = 256
+ROWS = 1024
 """Query tokens of a tile at most: with more the product is no faster, and fewer documents fit."""
 
 

@@ -120,22 +120,21 @@ def diagnostics(x1: Tensor, x2: Tensor, *, rows: int | None = None) -> Embedding
 
 def _measure(x1: Tensor, x2: Tensor) -> EmbeddingDiagnostics:
     count, d = x1.shape
-    finite = torch.isfinite(x1).all() & torch.isfinite(x2).all()
-    u1, u2 = (unit(x.float() if x.dtype in HALF else x) for x in (x1, x2))
+    both = torch.stack([x1, x2])
+    finite = torch.isfinite(both).all()
+    both = unit(both.float() if both.dtype in HALF else both)
+    u1, u2 = both
     diagonal = torch.linalg.vecdot(u1, u2)
     distance = (u1 - u2).square().sum(-1)  # not 2 - 2 cosine, which rounds to 1e-7 where it should be 0
     measured = (
         distance.mean(),
-        _uniformity(u1),
-        _uniformity(u2),
-        _effective_rank(u1, finite),
-        _effective_rank(u2, finite),
-        _spread(u1),
-        _spread(u2),
+        _uniformity(both),
+        _effective_rank(both, finite),
+        _spread(both),
         diagonal.mean(),
         *_between(u1, u2),
     )
-    values = torch.stack([value.double() for value in (*measured, finite)]).tolist()
+    values = torch.cat([value.double().view(-1) for value in (*measured, finite)]).tolist()
     if not values.pop():
         return EmbeddingDiagnostics(False, "not finite", count, *[math.nan] * len(values))
     reasons = []
@@ -148,35 +147,34 @@ def _measure(x1: Tensor, x2: Tensor) -> EmbeddingDiagnostics:
 
 
 def _spread(u: Tensor) -> Tensor:
-    """Mean squared distance from the mean; exactly 0 for equal rows."""
-    from_first = u - u[:1]
-    return (from_first - from_first.mean(0)).square().sum(-1).mean()
+    """Mean squared distance from the mean, (2,) of (2, n, d); exactly 0 for equal rows."""
+    from_first = u - u[:, :1]
+    return (from_first - from_first.mean(1, keepdim=True)).square().sum(-1).mean(-1)
 
 
 def _uniformity(u: Tensor) -> Tensor:
-    """Log of the mean of exp(-2 |u_i - u_j|^2) over i != j. The largest term is 1, the least exp(-8)."""
-    n = u.shape[0]
-    total = u.new_zeros((), dtype=torch.float64)
+    """Log of the mean of exp(-2 |u_i - u_j|^2) over i != j, (2,). The largest term is 1, the least exp(-8)."""
+    n = u.shape[1]
+    total = u.new_zeros(2, dtype=torch.float64)
     for part in blocks(n, n, u.device):
-        kernel = (4 * (u[part] @ u.mT - 1)).clamp_(max=0).exp_()
-        kernel.diagonal(part.start).fill_(0)
-        total += kernel.sum(1).sum(dtype=torch.float64)
+        kernel = (4 * (u[:, part] @ u.mT - 1)).clamp_(max=0).exp_()
+        kernel.diagonal(part.start, -2, -1).fill_(0)
+        total += kernel.sum(-1).sum(-1, dtype=torch.float64)
     return (total / (n * (n - 1))).log()
 
 
 def _effective_rank(u: Tensor, finite: Tensor) -> Tensor:
-    """Exp of the entropy of the singular values; their squares are eigenvalues of the smaller Gram matrix.
+    """Exp of the entropy of the singular values, (2,); their squares are eigenvalues of the smaller Gram matrix.
 
     In float64: a rounding error of 1e-7 in a Gram matrix is one of 3e-4 in every singular value that should be 0.
     """
     u = u.double()
-    gram = u @ u.mT if u.shape[0] <= u.shape[1] else u.mT @ u
-    gram = torch.where(finite, gram, torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device))
+    gram = u @ u.mT if u.shape[1] <= u.shape[2] else u.mT @ u
+    gram = torch.where(finite, gram, torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # the least may be -1e-16
-    total = singular.sum()
+    total = singular.sum(-1, keepdim=True)
     share = singular / torch.where(total == 0, 1, total)
-    rank: Tensor = torch.special.entr(share).sum().exp()
-    return rank
+    return torch.special.entr(share).sum(-1).exp()
 
 
 def _between(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
