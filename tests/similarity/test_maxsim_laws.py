@@ -224,6 +224,18 @@ def test_autocast_brings_mixed_dtypes_together(form, ragged):
         maxsim(tokens, list(x) if ragged else x, **FORMS[form])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_smooth_scores_of_short_vectors_have_the_same_bits_beside_long_ones(dtype):
+    """A tile of short vectors alone skips the passes that long ones need."""
+    q, x = torch.randn(6, 8, 5).to(dtype), torch.randn(7, 9, 5).to(dtype)
+    mask = torch.rand(7, 9) > 0.3
+    alone = maxsim(q, x, document_mask=mask, temperature=0.5, dtype=torch.float32)
+    x = torch.cat([x, 1e3 * x[:1]])
+    mask = torch.cat([mask, mask[:1]])
+    beside = maxsim(q, x, document_mask=mask, temperature=0.5, dtype=torch.float32)
+    assert torch.equal(beside[:, :7], alone)
+
+
 def test_autocast_does_not_hide_a_list_of_two_dtypes():
     documents = [torch.randn(3, 4), torch.randn(3, 4).double()]
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="documents"):

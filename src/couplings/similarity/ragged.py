@@ -50,7 +50,7 @@ def cast(tokens: Tokens, dtype: torch.dtype) -> Tokens:
 
 def dtype_of(tokens: Tokens) -> torch.dtype | None:
     """The one dtype of any form of tokens; None where there is not one: what is wrong is said elsewhere."""
-    parts = (tokens,) if isinstance(tokens, Tensor) else tokens
+    parts = tokens if isinstance(tokens, (list, tuple)) else (tokens,)
     if not all(isinstance(one, Tensor) for one in parts):
         return None
     found = {one.dtype for one in parts if one.is_floating_point()}

@@ -174,7 +174,8 @@ def _effective_rank(u: Tensor, finite: Tensor) -> Tensor:
     singular = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # the least may be -1e-16
     total = singular.sum(-1, keepdim=True)
     share = singular / torch.where(total == 0, 1, total)
-    return torch.special.entr(share).sum(-1).exp()
+    rank: Tensor = torch.special.entr(share).sum(-1).exp()
+    return rank
 
 
 def _between(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
