@@ -35,6 +35,12 @@ LONG = 2**15
 ROUNDING = 1e-15
 """Relative error of a logit."""
 
+LEAST = -600.0
+"""Logits below it are exponentiated to 0: far below any share of a sum, and far above denormal numbers."""
+
+NOTHING = 1e-30
+"""In a float32 matrix of shares, what counts as 0: its rounding is 1e-7 of a share."""
+
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -198,13 +204,16 @@ class _System:
     def jacobian(self, values: _Values, work: torch.dtype) -> Tensor:
         """I - V W, made regular by what it does to constants."""
         share = self.share.unsqueeze(-2).to(work)
-        matrix = torch.baddbmm(share, values.v.to(work).mT, values.w.to(work), alpha=-1)
+        v, w = values.v.to(work), values.w.to(work)
+        if work == torch.float32:  # denormal numbers slow the product down
+            v, w = (torch.nn.functional.hardshrink(part, NOTHING) for part in (v, w))
+        matrix = torch.baddbmm(share, v.mT, w, alpha=-1)
         matrix.diagonal(dim1=-2, dim2=-1).add_(1)
         return matrix
 
     def kernel(self, gamma: Tensor, log_norm: Tensor) -> Tensor:
         """exp(D + gamma - L), 0 at nodes that stand for nothing."""
-        return (self.exponent + self._at_y(gamma)).sub_(self._at_x(log_norm)).exp_()
+        return _exp((self.exponent + self._at_y(gamma)).sub_(self._at_x(log_norm)))
 
 
 class _Values(NamedTuple):
@@ -225,10 +234,15 @@ class _Values(NamedTuple):
     v: Tensor
 
 
+def _exp(z: Tensor) -> Tensor:
+    """exp(z) in place; 0 for what would be denormal or nearly so, where a CPU takes many times as long."""
+    return torch.nn.functional.threshold(z, LEAST, -math.inf, inplace=True).exp_()
+
+
 def _weighted_softmax(z: Tensor, weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """log sum w exp(z) and w exp(z) / sum along ``dim``; in the memory of z."""
     most = z.amax(dim, keepdim=True)
-    part = z.sub_(most).exp_().mul_(weight)
+    part = _exp(z.sub_(most)).mul_(weight)
     # a sum that is not positive belongs to boxes that resolve nothing; `unresolved` says so
     total = part.sum(dim, keepdim=True).clamp_min_(1e-300)
     return (most + total.log()).squeeze(dim), part.div_(total)
