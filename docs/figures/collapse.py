@@ -15,4 +15,4 @@ for axes in (left, middle):
 batches = [direction + t * noise for t in torch.linspace(0, 1, 40).tolist()]
 spreads = [cp.diagnostics(x, x).spread1 ** 0.5 for x in batches]
 right.plot(spreads, [cp.losses.collapse_guard(x).item() for x in batches])
-right.set(title="collapse_guard", xlabel="root mean square distance from the mean")
+right.set(title="collapse_guard", xlabel="distance from mean")
